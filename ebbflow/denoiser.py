@@ -1,0 +1,297 @@
+"""The denoiser contract: `denoiser(x_t, t, **condition) -> E[x_0 | x_t]`.
+
+Networks predict different things and take different clocks. Both are adapted here, in one table
+each, so that no method ever branches on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ebbflow.schedules import Betas, Schedule, TimeLike, along, as_time
+
+if TYPE_CHECKING:
+    from ebbflow.statistics import Statistics
+
+Frozen = Callable[..., Tensor]
+"""A denoiser at one time: `frozen(x, **condition)`."""
+
+Row = tuple[Tensor, Tensor, Tensor]
+
+
+def _v(schedule: Schedule, t: Tensor, sigma_data: float | None) -> Row:
+    return -schedule.sigma(t), schedule.alpha(t), torch.ones_like(t)
+
+
+def _velocity(schedule: Schedule, t: Tensor, sigma_data: float | None) -> Row:
+    r, s = schedule.alpha_prime(t), schedule.sigma_prime(t)
+    # d sigma / dt is infinite at the data end of variance-preserving schedules: divide by it.
+    steep = torch.isinf(s)
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    return torch.where(steep, zero, r), torch.where(steep, one, s), torch.where(steep, zero, one)
+
+
+def _edm(schedule: Schedule, t: Tensor, sigma_data: float | None) -> Row:
+    assert sigma_data is not None
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    scale = torch.sqrt((alpha * sigma_data) ** 2 + sigma**2)
+    return sigma / (sigma_data * scale), -alpha * sigma_data / scale, torch.ones_like(t)
+
+
+def _constant(r: float, s: float) -> Callable[[Schedule, Tensor, float | None], Row]:
+    return lambda schedule, t, sigma_data: (
+        torch.full_like(t, r),
+        torch.full_like(t, s),
+        torch.ones_like(t),
+    )
+
+
+PREDICTIONS: Mapping[str, Callable[[Schedule, Tensor, float | None], Row]] = {
+    "x0": _constant(1.0, 0.0),
+    "noise": _constant(0.0, 1.0),
+    "v": _v,
+    "score": lambda schedule, t, _: (
+        torch.zeros_like(t),
+        torch.full_like(t, -1.0),
+        schedule.sigma(t),
+    ),
+    "velocity": _velocity,
+    "edm": _edm,
+}
+"""THE conversion table: F with `scale F = r x_0 + s eps`; each entry gives (r, s, scale).
+
+Together with `x_t = alpha x_0 + sigma eps`, two rows determine each other (`convert`).
+"v" is `alpha eps - sigma x_0` (Progressive Distillation for Fast Sampling of Diffusion Models,
+appendix D); "velocity" is `dx_t/dt`; "edm" is the preconditioned network output F of Elucidating
+the Design Space of Diffusion-Based Generative Models, equation 7, written for any alpha and sigma.
+"""
+
+CLOCKS: Mapping[str, Callable[[Schedule, Tensor], Tensor]] = {
+    "t": lambda schedule, t: t,
+    "angle": lambda schedule, t: torch.atan2(schedule.sigma(t), schedule.alpha(t)),
+    "log_snr": lambda schedule, t: schedule.log_snr(t),
+    "sigma": lambda schedule, t: schedule.sigma(t) / schedule.alpha(t),
+    "quarter_log_sigma": lambda schedule, t: -schedule.log_snr(t) / 8,
+    "step": lambda schedule, t: _step(schedule, t),
+}
+"""What a network may be told as time. "angle" is bounded and the same for every schedule; "sigma"
+is sigma/alpha; "quarter_log_sigma" is EDM's c_noise; "step" the (fractional) index of `Betas`,
+between -1 and 0 for times before the first index."""
+
+
+def _step(schedule: Schedule, t: Tensor) -> Tensor:
+    assert isinstance(schedule, Betas)
+    position = t * len(schedule.betas) - 1
+    nearest = position.round()
+    return torch.where((position - nearest).abs() < 1e-6, nearest, position)
+
+
+def convert(
+    source: str, target: str, schedule: Schedule, t: Tensor, sigma_data: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Coefficients (a, b), float64, with `target = a x_t + b source`.
+
+    Raises ValueError where the conversion is 0/0 (no signal, or no noise, at t), naming the
+    predictions from which `target` can be had there.
+    """
+    if source == target:
+        return torch.zeros_like(t), torch.ones_like(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    r, s, scale = PREDICTIONS[source](schedule, t, sigma_data)
+    r_target, s_target, scale_target = PREDICTIONS[target](schedule, t, sigma_data)
+    determinant = (alpha * s - sigma * r) * scale_target
+    if bool((determinant == 0).any()):
+        bad = t[determinant == 0].flatten()[0]
+        alpha, sigma = schedule.alpha(bad), schedule.sigma(bad)
+        works = []
+        for other in PREDICTIONS:
+            if other != "edm" or sigma_data is not None:
+                r, s, _ = PREDICTIONS[other](schedule, bad, sigma_data)
+                solvable = (alpha * s - sigma * r) * scale_target.min() != 0
+                works += [other] if other == target or solvable else []
+        raise ValueError(
+            f"{target!r} cannot be had from a {source!r} prediction at t = {bad.item():g}, where "
+            f"alpha = {alpha.item():g} and sigma = {sigma.item():g} (0/0); "
+            f"predictions that work there: {', '.join(works)}"
+        )
+    a = (r_target * s - s_target * r) / determinant
+    b = (alpha * s_target - sigma * r_target) * scale / determinant
+    return a, b
+
+
+class Denoiser(nn.Module):
+    """A network or function seen as `E[x_0 | x_t]`.
+
+    Args:
+        net: called as `net(x, time, **condition)` with x (B, *shape) and time (B,), float32 or
+            wider; returns its prediction in the shape of x.
+        schedule: the forward process on which it was trained.
+        prediction: what it returns, a key of `PREDICTIONS`.
+        shape: of one sample, or None for any.
+        statistics: mean and covariance of the law that it describes, or None.
+        time: what it is told as time, a key of `CLOCKS`.
+        sigma_data: the data's standard deviation; needed by, and only by, prediction "edm".
+
+    A wrapper (guidance, a posterior) is a subclass that overrides `at`, and `passes` where a call
+    costs more than one pass of the network.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: str = "x0",
+        shape: tuple[int, ...] | None = None,
+        statistics: Statistics | None = None,
+        time: str = "t",
+        sigma_data: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"net must be callable as net(x, t), got {type(net).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule must be one of ef.schedules, such as VP(), got {schedule!r}"
+            )
+        require_known("prediction", prediction, PREDICTIONS)
+        require_known("time", time, CLOCKS)
+        if (prediction == "edm") != (sigma_data is not None):
+            raise ValueError(
+                f"prediction {prediction!r} with sigma_data={sigma_data}: 'edm' needs the data's "
+                "standard deviation, such as 0.5, and the others take none"
+            )
+        if sigma_data is not None and not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        if time == "step" and not isinstance(schedule, Betas):
+            raise ValueError(f"time='step' needs a Betas schedule, got {type(schedule).__name__}")
+        self.net = net
+        self.schedule = schedule
+        self.prediction = prediction
+        self.shape = None if shape is None else tuple(shape)
+        self.statistics = statistics
+        self.time = time
+        self.sigma_data = sigma_data
+
+    def passes(self, t: float) -> int:
+        """Passes of the network that one call at time t costs."""
+        return 1
+
+    def coefficients(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
+        """(p, q, c_in) in float64 with `x_0 = p x_t + q F`, `F = net(c_in x_t, …)`.
+
+        `1/q²` weights the error of x_0 as the network's own: equation 8 of Elucidating the Design
+        Space of Diffusion-Based Generative Models.
+        """
+        t = as_time(t)
+        p, q = convert(self.prediction, "x0", self.schedule, t, self.sigma_data)
+        return p, q, self._input_scale(t)
+
+    def _input_scale(self, t: Tensor) -> Tensor:
+        if self.prediction != "edm":
+            return torch.ones_like(t)
+        assert self.sigma_data is not None
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return 1 / torch.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a batch of samples of this denoiser."""
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"state of shape {tuple(x.shape)}: this denoiser takes (batch, *{self.shape})"
+            )
+
+    def at(self, t: TimeLike, x: Tensor, target: str = "x0") -> Frozen:
+        """The denoiser at one time, or one a sample: a function `frozen(x, **condition)`.
+
+        Everything that depends on time alone is computed here, once, in float64; `x` gives the
+        batch size, the dtype and the device only.
+        """
+        self.check_input(x)
+        t = as_time(t)
+        net = self.net
+        dtype = _dtype(net) or x.dtype
+        clock = CLOCKS[self.time](self.schedule, t).to(x.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        clock = (clock if clock.ndim else clock.expand(len(x))).to(wide)
+        along(clock, x)
+        weights = convert(self.prediction, target, self.schedule, t, self.sigma_data)
+        a, b = (_scalar(value, x) for value in weights)
+        scale = _scalar(self._input_scale(t), x)
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        plain = not isinstance(a, Tensor) and a == 0.0
+        raw = plain and not isinstance(b, Tensor) and b == 1.0
+
+        def frozen(x: Tensor, **condition: Any) -> Tensor:
+            inputs = x * scale if scaled else x
+            if inputs.dtype != dtype:
+                inputs = inputs.to(dtype)
+            output = net(inputs, clock, **condition)
+            if output.shape != x.shape:
+                raise ValueError(
+                    f"the network returned shape {tuple(output.shape)} for a state of shape "
+                    f"{tuple(x.shape)}: they must be equal"
+                )
+            if output.dtype != x.dtype:
+                output = output.to(x.dtype)
+            if raw:
+                return output
+            if plain:
+                return output * b
+            if isinstance(a, Tensor):
+                return torch.addcmul(output * b, x, a)
+            return torch.add(output * b, x, alpha=a)
+
+        return frozen
+
+    def forward(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
+        """`E[x_0 | x_t]`, shape (B, *shape), at times () or (B,)."""
+        return self.at(t, x)(x, **condition)
+
+    def noise(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
+        """`E[eps | x_t]`."""
+        return self.at(t, x, "noise")(x, **condition)
+
+    def score(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
+        """`grad log p_t(x_t) = -E[eps | x_t] / sigma`."""
+        return self.at(t, x, "score")(x, **condition)
+
+    def velocity(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
+        """`dx_t/dt` of the probability-flow ODE, `alpha' E[x_0 | x_t] + sigma' E[eps | x_t]`."""
+        return self.at(t, x, "velocity")(x, **condition)
+
+    def v(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
+        """`alpha E[eps | x_t] - sigma E[x_0 | x_t]`."""
+        return self.at(t, x, "v")(x, **condition)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; `ef.load(folder)` reads them back."""
+        from ebbflow.storage import save
+
+        save(self, folder)
+
+
+def require_known(what: str, value: str, known: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the nearest known value unless `value` is one."""
+    if value not in known:
+        near = get_close_matches(str(value), list(known), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {what} {value!r}; {hint}known: {', '.join(known)}")
+
+
+def _dtype(net: Any) -> torch.dtype | None:
+    if not isinstance(net, nn.Module):
+        return None
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+
+
+def _scalar(value: Tensor, x: Tensor) -> float | Tensor:
+    """A Python float for one time, a tensor along x's batch for one time a sample."""
+    if value.ndim == 0:
+        return value.item()
+    return along(value.to(x.device, x.dtype), x)
