@@ -1,0 +1,9 @@
+"""`python -m ebbflow.cli`, for launchers that start a module on every process."""
+
+from __future__ import annotations
+
+import sys
+
+from ebbflow.cli import main
+
+sys.exit(main())
