@@ -81,3 +81,21 @@ def write_singles(images: Tensor, folder: str | Path, first_index: int = 0) -> N
 def single_path(folder: str | Path, index: int) -> Path:
     """The file that holds sample `index` in a folder of single images."""
     return Path(folder) / f"{index:06d}.png"
+
+
+def density(points: Tensor, bins: int = 128, scale: int = 4) -> numpy.ndarray:
+    """Points (N, 2) as a uint8 picture (bins*scale, bins*scale, 1): darker where there are more.
+
+    The picture shows the square around the origin that holds all points, the first axis to the
+    right, the second up.
+    """
+    import numpy as np
+
+    values = points.detach().double().cpu().numpy()
+    extent = 1.05 * float(np.abs(values).max()) or 1.0
+    ranges = ((-extent, extent), (-extent, extent))
+    counts, _, _ = np.histogram2d(values[:, 1], values[:, 0], bins=bins, range=ranges)
+    # The square root keeps the thin parts visible.
+    shade = 255.0 * (1.0 - np.sqrt(counts / counts.max()))
+    sheet = shade.round().astype(np.uint8)[::-1, :, None]
+    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,16 +1,19 @@
-"""What several verbs need: the device, tables, and one JSON object for machines."""
+"""What several verbs need: the device, progress, tables, and one JSON object for machines."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ebbflow.progress import bar
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import Progress
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,24 +56,27 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def progress_bar() -> Progress:
-    """A progress display on stderr with speed and the time left; silent where nobody watches."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield a function that counts one of `total`: a bar on a terminal, else some lines."""
+    if sys.stderr.isatty():
+        with bar(description, total) as advance:
+            yield advance
+        return
+    began = shown = time.monotonic()
+    done = 0
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    def show() -> None:
+        passed = time.monotonic() - began
+        left = f", {passed / done * (total - done):.0f} s left" if 0 < done < total else ""
+        print(f"{description} {done}/{total}, {passed:.0f} s{left}", file=sys.stderr, flush=True)
+
+    def advance_line() -> None:
+        nonlocal done, shown
+        done += 1
+        if done == total or time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            show()
+
+    show()
+    yield advance_line

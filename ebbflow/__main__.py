@@ -1,4 +1,4 @@
-"""`python -m ebbflow.cli`, for launchers that start a module on every process."""
+"""`python -m ebbflow`, for launchers that start a module on every process."""
 
 from __future__ import annotations
 

@@ -1,0 +1,59 @@
+"""Models by name: in the package, in a folder, or known in closed form."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ebbflow.denoiser import Denoiser
+
+ORACLE = "oracle"
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a model in the package or in a folder; empty for the oracle.
+
+    Under `details` it may have `class_names`, `training_command`, `data`, `license`, and `sampling`
+    with the `solver`, `steps` and `guidance` that suit the model.
+    """
+    from ebbflow.storage import BUNDLED, bundled
+
+    if name == ORACLE:
+        return {}
+    folder = BUNDLED / name if name in bundled() else Path(name)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def open_model(name: str, device: torch.device) -> Denoiser:
+    """The denoiser called `name` on `device`, without gradients."""
+    if name == ORACLE:
+        return _oracle()
+    from ebbflow.storage import load
+
+    return load(name).to(device).requires_grad_(False)
+
+
+def classes_of(denoiser: Denoiser) -> int:
+    """How many classes the network knows; 0 for one without a label."""
+    return int(getattr(denoiser.net, "config", {}).get("classes", 0))
+
+
+def _oracle() -> Denoiser:
+    """Eight Gaussians in the plane, on a circle, each stretched along it, the k-th of weight k."""
+    import torch
+
+    from ebbflow.oracles import GaussianMixture
+    from ebbflow.schedules import Cosine
+
+    angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    radial = torch.stack([angles.cos(), angles.sin()], 1)
+    along = torch.stack([-angles.sin(), angles.cos()], 1)
+    covariances = 0.002 * torch.einsum("ki,kj->kij", radial, radial)
+    covariances += 0.02 * torch.einsum("ki,kj->kij", along, along)
+    weights = torch.arange(1, 9, dtype=torch.float64)
+    return GaussianMixture(0.8 * radial, covariances, weights).denoiser(Cosine())
