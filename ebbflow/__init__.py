@@ -9,18 +9,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ebbflow import grids as grids
+    from ebbflow import guidance as guidance
+    from ebbflow import metrics as metrics
+    from ebbflow import networks as networks
+    from ebbflow import noise as noise
+    from ebbflow import oracles as oracles
     from ebbflow import schedules as schedules
+    from ebbflow import solvers as solvers
+    from ebbflow import training as training
     from ebbflow.denoiser import Denoiser as Denoiser
+    from ebbflow.plan import NonFinite as NonFinite
+    from ebbflow.plan import Plan as Plan
+    from ebbflow.plan import Stage as Stage
+    from ebbflow.sampling import Result as Result
+    from ebbflow.sampling import sample as sample
+    from ebbflow.sampling import trajectory as trajectory
+    from ebbflow.statistics import Statistics as Statistics
+    from ebbflow.storage import load as load
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it; a module is its own home.
 _HOMES = {
     "Denoiser": "denoiser",
+    "NonFinite": "plan",
+    "Plan": "plan",
+    "Result": "sampling",
+    "Stage": "plan",
+    "Statistics": "statistics",
+    "grids": "grids",
+    "guidance": "guidance",
+    "load": "storage",
+    "metrics": "metrics",
+    "networks": "networks",
+    "noise": "noise",
+    "oracles": "oracles",
+    "sample": "sampling",
     "schedules": "schedules",
+    "solvers": "solvers",
+    "training": "training",
+    "trajectory": "sampling",
 }
 
-__all__ = ["Denoiser", "__version__", "schedules"]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,14 @@ def convert(
     return a, b
 
 
+def input_scale(prediction: str, schedule: Schedule, t: Tensor, sigma_data: float | None) -> Tensor:
+    """c_in: EDM's networks see an input of unit variance, the others x_t itself."""
+    if prediction != "edm":
+        return torch.ones_like(t)
+    assert sigma_data is not None
+    return torch.rsqrt((schedule.alpha(t) * sigma_data) ** 2 + schedule.sigma(t) ** 2)
+
+
 class Denoiser(nn.Module):
     """A network or function seen as `E[x_0 | x_t]`.
 
@@ -138,8 +147,7 @@ class Denoiser(nn.Module):
         time: what it is told as time, a key of `CLOCKS`.
         sigma_data: the data's standard deviation; needed by, and only by, prediction "edm".
 
-    A wrapper (guidance, a posterior) is a subclass that overrides `at`, and `passes` where a call
-    costs more than one pass of the network.
+    Denoisers made from other denoisers (guidance, posteriors) derive from `Wrapper`.
     """
 
     def __init__(
@@ -156,9 +164,7 @@ class Denoiser(nn.Module):
         if not callable(net):
             raise TypeError(f"net must be callable as net(x, t), got {type(net).__name__}")
         if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule must be one of ef.schedules, such as VP(), got {schedule!r}"
-            )
+            raise TypeError(f"schedule must be one of ef.schedules, such as VP(), got {schedule!r}")
         require_known("prediction", prediction, PREDICTIONS)
         require_known("time", time, CLOCKS)
         if (prediction == "edm") != (sigma_data is not None):
@@ -190,14 +196,7 @@ class Denoiser(nn.Module):
         """
         t = as_time(t)
         p, q = convert(self.prediction, "x0", self.schedule, t, self.sigma_data)
-        return p, q, self._input_scale(t)
-
-    def _input_scale(self, t: Tensor) -> Tensor:
-        if self.prediction != "edm":
-            return torch.ones_like(t)
-        assert self.sigma_data is not None
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return 1 / torch.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
+        return p, q, input_scale(self.prediction, self.schedule, t, self.sigma_data)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is a batch of samples of this denoiser."""
@@ -212,20 +211,43 @@ class Denoiser(nn.Module):
         Everything that depends on time alone is computed here, once, in float64; `x` gives the
         batch size, the dtype and the device only.
         """
+        if not isinstance(t, Tensor):
+            return self.prepare((float(t),), x, target)[0]
         self.check_input(x)
         t = as_time(t)
+        along(t, x)
+        weights = convert(self.prediction, target, self.schedule, t, self.sigma_data)
+        values = (*weights, input_scale(self.prediction, self.schedule, t, self.sigma_data))
+        a, b, scale = (along(value, x).to(x.device, x.dtype) for value in values)
+        clock = CLOCKS[self.time](self.schedule, t).expand(len(x))
+        return self._freeze(a, b, scale, clock.to(x.device, self._clock_dtype(x)), x)
+
+    def prepare(self, times: tuple[float, ...], x: Tensor, target: str = "x0") -> list[Frozen]:
+        """`at` for many times, ahead of a loop."""
+        self.check_input(x)
+        numbers = _numbers(
+            self.prediction, target, self.schedule, times, self.sigma_data, self.time
+        )
+        clocks = torch.tensor(
+            [row[3] for row in numbers], dtype=self._clock_dtype(x), device=x.device
+        )
+        clocks = clocks.unsqueeze(1).expand(-1, len(x)).unbind(0)
+        return [
+            self._freeze(a, b, scale, clock, x)
+            for (a, b, scale, _), clock in zip(numbers, clocks, strict=True)
+        ]
+
+    def _clock_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(_dtype(self.net) or x.dtype, torch.float32)
+
+    def _freeze(
+        self, a: float | Tensor, b: float | Tensor, scale: float | Tensor, clock: Tensor, x: Tensor
+    ) -> Frozen:
         net = self.net
         dtype = _dtype(net) or x.dtype
-        clock = CLOCKS[self.time](self.schedule, t).to(x.device)
-        wide = torch.promote_types(dtype, torch.float32)
-        clock = (clock if clock.ndim else clock.expand(len(x))).to(wide)
-        along(clock, x)
-        weights = convert(self.prediction, target, self.schedule, t, self.sigma_data)
-        a, b = (_scalar(value, x) for value in weights)
-        scale = _scalar(self._input_scale(t), x)
         scaled = isinstance(scale, Tensor) or scale != 1.0
-        plain = not isinstance(a, Tensor) and a == 0.0
-        raw = plain and not isinstance(b, Tensor) and b == 1.0
+        mixed = isinstance(a, Tensor) or a != 0.0
+        weighted = isinstance(b, Tensor) or b != 1.0
 
         def frozen(x: Tensor, **condition: Any) -> Tensor:
             inputs = x * scale if scaled else x
@@ -239,13 +261,13 @@ class Denoiser(nn.Module):
                 )
             if output.dtype != x.dtype:
                 output = output.to(x.dtype)
-            if raw:
+            if weighted:
+                output = output * b
+            if not mixed:
                 return output
-            if plain:
-                return output * b
             if isinstance(a, Tensor):
-                return torch.addcmul(output * b, x, a)
-            return torch.add(output * b, x, alpha=a)
+                return output + a * x
+            return torch.add(output, x, alpha=a)
 
         return frozen
 
@@ -290,8 +312,34 @@ def _dtype(net: Any) -> torch.dtype | None:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
 
 
-def _scalar(value: Tensor, x: Tensor) -> float | Tensor:
-    """A Python float for one time, a tensor along x's batch for one time a sample."""
-    if value.ndim == 0:
-        return value.item()
-    return along(value.to(x.device, x.dtype), x)
+@lru_cache(maxsize=256)
+def _numbers(
+    source: str,
+    target: str,
+    schedule: Schedule,
+    times: tuple[float, ...],
+    sigma_data: float | None,
+    clock: str,
+) -> list[tuple[float, float, float, float]]:
+    """(a, b, input scale, clock) at each time; the same for every run of a plan."""
+    t = as_time(torch.tensor(times, dtype=torch.float64))
+    a, b = convert(source, target, schedule, t, sigma_data)
+    scale = input_scale(source, schedule, t, sigma_data)
+    columns = (a, b, scale, CLOCKS[clock](schedule, t))
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class Wrapper(Denoiser):
+    """Base of denoisers made from another one: override `at`, and `passes` where it costs more.
+
+    The wrapped law is another one, so the statistics are dropped unless the subclass sets them.
+    """
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__(inner, inner.schedule, shape=inner.shape)
+
+    def at(self, t: TimeLike, x: Tensor, target: str = "x0") -> Frozen:
+        raise NotImplementedError(f"{type(self).__name__} must define at(t, x, target)")
+
+    def prepare(self, times: tuple[float, ...], x: Tensor, target: str = "x0") -> list[Frozen]:
+        return [self.at(t, x, target) for t in times]

@@ -1,0 +1,199 @@
+"""What follows from a plan being a linear machine: its dense form, its moments under Gaussian data,
+the Gaussian of one step, and its inverse. Nothing here calls a denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebbflow.plan import Plan, Row, Stage
+
+
+@dataclass(frozen=True)
+class Dense:
+    """`row = a X_0 + sum_j B_j D_j + sum_j C_j Z_j + constant`, for queries and nodes; float64.
+
+    a (n,), B (n, nfe), C (n, nfe), constant (n,), over the nfe queries in order of their calls;
+    `node_*` the same over the nodes after the start, in the order of `Plan.times[1:]`.
+    """
+
+    a: Tensor
+    B: Tensor
+    C: Tensor
+    constant: Tensor
+    node_a: Tensor
+    node_B: Tensor
+    node_C: Tensor
+    node_constant: Tensor
+
+
+class Moments(NamedTuple):
+    """Mean (d,) and covariance (d, d) of a state, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class Transition(NamedTuple):
+    """The law of the next node's state given the stage before it: N(mean, deviation²).
+
+    `mean` is a row over that stage's registers, its query "X" and its prediction "D"; `stage` is
+    the stage that ends the step.
+    """
+
+    mean: Row
+    deviation: float
+    stage: int
+
+
+def _times(row: Row, values: dict[str, Tensor]) -> Tensor:
+    return sum((c * values[name] for name, c in row.items()), torch.zeros_like(values["1"]))
+
+
+def dense(plan: Plan) -> Dense:
+    """Write every query and every node of a plan in X_0, D_0 … and Z_0 …."""
+    n = plan.nfe
+    unit = torch.eye(2 * n + 2, dtype=torch.float64)  # X_0, the constant, D_0 …, Z_0 …
+    registers = {f"x{i}": unit[0] for i in range(plan.registers)}
+    queries, nodes = [], []
+    for k, stage in enumerate(plan.stages):
+        values = registers | {"1": unit[1], "D": unit[2 + k], "Z": unit[2 + n + k]}
+        values["X"] = _times(stage.query, values)
+        queries.append(values["X"])
+        registers = {f"x{i}": _times(row, values) for i, row in enumerate(stage.update)}
+        if stage.node is not None:
+            nodes.append(registers["x0"])
+    parts = []
+    for rows in (torch.stack(queries), torch.stack(nodes)):
+        parts += [rows[:, 0], rows[:, 2 : 2 + n], rows[:, 2 + n :], rows[:, 1]]
+    return Dense(*parts)
+
+
+def moments(
+    plan: Plan, mean: Tensor, covariance: Tensor, start: tuple[Tensor, Tensor] | None = None
+) -> Moments:
+    """Propagate mean and covariance through a plan under the denoiser of N(mean, covariance).
+
+    That denoiser is linear and diagonal in the covariance's eigenbasis, so each eigen-direction is
+    a machine of `registers` scalars. See `Plan.moments`.
+    """
+    mean = torch.as_tensor(mean, dtype=torch.float64)
+    covariance = torch.as_tensor(covariance, dtype=torch.float64)
+    covariance = torch.diag(covariance) if covariance.ndim == 1 else covariance
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)}: give (d,) and "
+            "(d, d), or (d,) for a diagonal covariance"
+        )
+    variance, basis = torch.linalg.eigh(covariance)
+    centre = basis.T @ mean
+    alpha, sigma = plan.schedule.alpha(plan.start), plan.schedule.sigma(plan.start)
+    if start is None:
+        first, spread = alpha * centre, torch.diag(alpha**2 * variance + sigma**2)
+    else:
+        first = basis.T @ torch.as_tensor(start[0], dtype=torch.float64)
+        spread = basis.T @ torch.as_tensor(start[1], dtype=torch.float64) @ basis
+    d, m = len(mean), plan.registers
+    # Registers as affine maps of X_0 in each direction (all equal at first); noise adds up aside.
+    # Directions stay independent given X_0, whose covariance may couple them.
+    gain = torch.ones(d, m, dtype=torch.float64)
+    shift = torch.zeros(d, m, dtype=torch.float64)
+    noise = torch.zeros(d, m, m, dtype=torch.float64)
+    for stage in plan.stages:
+        alpha, sigma = plan.schedule.alpha(stage.time), plan.schedule.sigma(stage.time)
+        slope = alpha * variance / (alpha**2 * variance + sigma**2)
+        query, q_noise, q_constant = _split(stage.query, m)
+        # X = query · x + …, D = slope X + (1 - slope alpha) centre, then the update rows.
+        rows = [_split(row, m) for row in stage.update]
+        on_x = torch.tensor([row.get("X", 0.0) for row in stage.update], dtype=torch.float64)
+        on_d = torch.tensor([row.get("D", 0.0) for row in stage.update], dtype=torch.float64)
+        through = on_x + slope[:, None] * on_d  # (d, m): what each register takes from X
+        matrix = torch.stack([row[0] for row in rows]) + through[:, :, None] * query
+        fresh = torch.stack([row[1] for row in rows]) + through * q_noise
+        constant = torch.stack([row[2] for row in rows]) + through * q_constant
+        constant = constant + on_d * ((1 - slope * alpha) * centre)[:, None]
+        gain = (matrix @ gain[:, :, None])[:, :, 0]
+        shift = (matrix @ shift[:, :, None])[:, :, 0] + constant
+        noise = matrix @ noise @ matrix.transpose(1, 2) + fresh[:, :, None] * fresh[:, None, :]
+    final = gain[:, 0] * first + shift[:, 0]
+    total = gain[:, :1] * spread * gain[:, 0] + torch.diag(noise[:, 0, 0])
+    return Moments(basis @ final, basis @ total @ basis.T)
+
+
+def _split(row: Row, registers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(coefficients of the registers, of Z, the constant) of a row."""
+    held = [row.get(f"x{i}", 0.0) for i in range(registers)]
+    parts = (held, row.get("Z", 0.0), row.get("1", 0.0))
+    return tuple(torch.tensor(part, dtype=torch.float64) for part in parts)  # pyright: ignore
+
+
+def transition(plan: Plan, step: int) -> Transition:
+    """The Gaussian of one step of a plan. See `Plan.transition`."""
+    ends = [k for k, stage in enumerate(plan.stages) if stage.node is not None]
+    if not 0 <= step < len(ends):
+        raise ValueError(f"step {step}: the plan has steps 0 to {len(ends) - 1}")
+    last = ends[step]
+    first = ends[step - 1] + 1 if step else 0
+    for k in range(first, last + 1):
+        early = [plan.stages[k].query] + ([] if k == last else list(plan.stages[k].update))
+        if any(row.get("Z", 0) != 0 for row in early):
+            raise ValueError(
+                f"step {step} draws noise before its last call (stage {k}): given the state its "
+                "end is not Gaussian"
+            )
+    row = plan.stages[last].update[0]
+    mean = {name: c for name, c in row.items() if name != "Z"}
+    return Transition(mean, abs(row.get("Z", 0.0)), last)
+
+
+def reverse(plan: Plan) -> Plan:
+    """Invert a plan stage by stage: `r' = M r + b D(q · r)` becomes `r = M⁻¹ (r' - b D)`.
+
+    That is explicit where the query is untouched by its own prediction, `q M⁻¹ b = 0`, as in
+    coupled schemes with two registers (EDICT, BDIA). See `Plan.reverse`.
+    """
+    m = plan.registers
+    nodes = plan.times
+    stages: list[Stage] = []
+    for k, stage in enumerate(plan.stages):
+        if any(row.get("Z", 0) != 0 for row in (stage.query, *stage.update)):
+            raise ValueError(f"stage {k} draws noise: a stochastic plan has no inverse")
+        query, _, q_constant = _split(stage.query, m)
+        parts = [_split(row, m) for row in stage.update]
+        on_x = torch.tensor([row.get("X", 0.0) for row in stage.update], dtype=torch.float64)
+        b = torch.tensor([row.get("D", 0.0) for row in stage.update], dtype=torch.float64)
+        matrix = torch.stack([part[0] for part in parts]) + on_x[:, None] * query
+        constant = torch.stack([part[2] for part in parts]) + on_x * q_constant
+        if torch.linalg.matrix_rank(matrix) < m:
+            raise ValueError(
+                f"stage {k} is singular: it forgets a register (a step to sigma = 0, or a history "
+                "of predictions); invert with the solver on increasing times instead"
+            )
+        inverse = torch.linalg.inv(matrix)
+        back = query @ inverse
+        if abs(float(back @ b)) > 1e-12 * float(back.abs() @ b.abs()):
+            raise ValueError(
+                f"stage {k} moves its own query: its inverse is implicit; use an exactly "
+                "invertible scheme, or the solver on increasing times"
+            )
+        row = _row(back, 0.0, q_constant - back @ constant)
+        update = tuple(
+            _row(inverse[i], -(inverse[i] @ b), -(inverse[i] @ constant)) for i in range(m)
+        )
+        stages.append(Stage(stage.time, row, update))
+    ends = [k for k, stage in enumerate(plan.stages) if stage.node is not None]
+    befores = dict(zip([e + 1 for e in ends[:-1]], nodes[1:-1], strict=True)) | {0: nodes[0]}
+    reversed_stages = tuple(
+        Stage(stages[k].time, stages[k].query, stages[k].update, befores.get(k))
+        for k in reversed(range(len(stages)))
+    )
+    return Plan(plan.schedule, nodes[-1], reversed_stages, {**plan.origin, "reversed": True})
+
+
+def _row(registers: Tensor, prediction: float | Tensor, constant: float | Tensor) -> Row:
+    names = {f"x{i}": float(c) for i, c in enumerate(registers)}
+    names |= {"D": float(prediction), "1": float(constant)}
+    return {name: c for name, c in names.items() if c != 0}

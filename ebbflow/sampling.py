@@ -1,0 +1,275 @@
+"""`sample` and `trajectory`: run any solver on any denoiser."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ebbflow import noise, solvers
+from ebbflow.denoiser import Denoiser
+from ebbflow.plan import Plan
+from ebbflow.solvers import Solver
+
+DEFAULT_SOLVER = "dpm-solver++3m"
+"""What "auto" is: of the solvers here, the most accurate at few calls that needs no statistics."""
+
+
+class Point(NamedTuple):
+    """A node that was reached: its time, the state there, and the last prediction."""
+
+    time: float
+    state: Tensor
+    prediction: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `sample(full=True)` returns.
+
+    nfe: denoiser calls on the whole batch; passes: network passes a sample; status: "completed";
+    seconds: wall time.
+    """
+
+    samples: Tensor
+    nfe: int
+    passes: int
+    status: str
+    seconds: float
+
+
+@overload
+def sample(
+    denoiser: Denoiser, shape: Sequence[int], *, full: Literal[True], **rest: Any
+) -> Result: ...
+@overload
+def sample(denoiser: Denoiser, shape: Sequence[int], **rest: Any) -> Tensor: ...
+def sample(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    *,
+    solver: str | Solver = "auto",
+    steps: int | None = None,
+    nfe: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    plan: Plan | None = None,
+    x_init: Tensor | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch: int | None = None,
+    gradient: str | None = None,
+    denoise: bool = False,
+    progress: bool = False,
+    on_step: Callable[[Point], None] | None = None,
+    full: bool = False,
+    **condition: Any,
+) -> Tensor | Result:
+    """Samples of the denoiser's law, carried from noise to data.
+
+    Args:
+        shape: (B, *shape) of the result.
+        solver: a name of `ef.solvers.list()`, a solver, or "auto".
+        steps, nfe, times, plan: at most one of them: steps (10 by default), a budget of calls,
+            the nodes, or a finished plan.
+        x_init: the state at the first node; drawn from the schedule's prior unless given.
+        seed, first_index: row i is sample `first_index + i` of this seed, whatever the batch.
+        batch: evaluate in chunks of this many samples, aligned to the sample index and padded, so
+            that every sample is the same bit for bit in any request.
+        gradient: "direct" keeps the graph; without it nothing is differentiated.
+        denoise: spend one more call to remove noise left at the last node (VE).
+        on_step: called with a `Point` at each node.
+        full: return a `Result` instead of the samples.
+        condition: passed to the network; tensors whose first axis is B are cut by sample.
+
+    Raises ValueError for arguments that contradict each other, and NonFinite (step, time, share)
+    when the network returns NaN or infinity.
+    """
+    began = time.perf_counter()
+    job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
+    job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
+    calls = job.plan.nfe + (1 if job.extra else 0)
+    parts = []
+    with _progress(progress, job, batch) as advance, job.mode():
+        for chunk in job.chunks(batch):
+            state = None
+            for point in job.run(chunk, advance):
+                state = point.state
+                if on_step is not None:
+                    on_step(point)
+            parts.append(state)
+    samples = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not full:
+        return samples
+    passes = sum(denoiser.passes(stage.time) for stage in job.plan.stages)
+    passes += denoiser.passes(job.plan.times[-1]) if job.extra else 0
+    return Result(samples, calls, passes, "completed", time.perf_counter() - began)
+
+
+def trajectory(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    *,
+    solver: str | Solver = "auto",
+    steps: int | None = None,
+    nfe: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    plan: Plan | None = None,
+    x_init: Tensor | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch: int | None = None,
+    gradient: str | None = None,
+    denoise: bool = False,
+    **condition: Any,
+) -> Iterator[Point]:
+    """Iterate over (time, state, prediction) at the nodes after the first; see `sample`."""
+    job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
+    job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
+    runs = [job.run(chunk) for chunk in job.chunks(batch)]
+    while True:
+        # Entered at each step, so that the caller's own gradient mode holds in between.
+        with job.mode():
+            points = [next(run, None) for run in runs]
+        reached = [point for point in points if point is not None]
+        if not reached:
+            return
+        states, predictions = (
+            torch.cat(parts) for parts in zip(*(p[1:] for p in reached), strict=True)
+        )
+        yield Point(reached[0].time, states, predictions)
+
+
+class _Chunk(NamedTuple):
+    """Samples `first` to `first + size` are evaluated; rows `keep` of them were asked for."""
+
+    first: int
+    size: int
+    keep: slice
+
+
+@dataclass(frozen=True)
+class _Job:
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    plan: Plan
+    x_init: Tensor | None
+    condition: dict[str, Any]
+    gradient: str | None
+    seed: int = 0
+    first_index: int = 0
+    denoise: bool = False
+
+    @property
+    def extra(self) -> bool:
+        return self.denoise and self.plan.schedule.sigma(self.plan.times[-1]).item() > 0
+
+    def mode(self) -> Any:
+        return nullcontext() if self.gradient else torch.no_grad()
+
+    def chunks(self, batch: int | None) -> list[_Chunk]:
+        begin, end = self.first_index, self.first_index + self.shape[0]
+        if batch is None:
+            return [_Chunk(begin, self.shape[0], slice(None))]
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
+        return [
+            _Chunk(c, batch, slice(max(begin - c, 0), min(end - c, batch)))
+            for c in range(begin // batch * batch, end, batch)
+        ]
+
+    def run(self, chunk: _Chunk, advance: Callable[[], None] = lambda: None) -> Iterator[Point]:
+        rows = torch.arange(chunk.first, chunk.first + chunk.size) - self.first_index
+        rows = rows.clamp(0, self.shape[0] - 1)  # padding repeats an end row
+        condition = {name: self._cut(value, rows) for name, value in self.condition.items()}
+        if self.x_init is None:
+            x = self._prior(chunk)
+        else:
+            x = self._cut(self.x_init, rows) if len(rows) != self.shape[0] else self.x_init
+        nodes = iter(self.plan.times[1:])
+        last = self.plan.times[-1]
+        for step in self.plan.execute(self.denoiser, x, self.seed, chunk.first, **condition):
+            advance()
+            if self.plan.stages[step.stage].node is None:
+                continue
+            t, state, prediction = next(nodes), step.registers[0], step.prediction
+            assert state is not None
+            if t == last and self.extra:
+                prediction = state = self.denoiser.at(t, state)(state, **condition)
+            yield Point(t, state[chunk.keep], prediction[chunk.keep])
+
+    def _prior(self, chunk: _Chunk) -> Tensor:
+        parameter = next(self.denoiser.parameters(), None)
+        device = "cpu" if parameter is None else parameter.device
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        indices = range(chunk.first, chunk.first + chunk.size)
+        z = noise.normal(self.seed, indices, 0, self.shape[1:], dtype, device)
+        return z * self.plan.schedule.sigma(1.0).item()
+
+    def _cut(self, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == self.shape[0]:
+            return value[rows.to(value.device)]
+        return value
+
+
+def _prepare(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    solver: str | Solver,
+    steps: int | None,
+    nfe: int | None,
+    times: Sequence[float] | Tensor | None,
+    plan: Plan | None,
+    x_init: Tensor | None,
+    gradient: str | None,
+    condition: dict[str, Any],
+) -> _Job:
+    shape = tuple(int(n) for n in shape)
+    if len(shape) < 2 or shape[0] < 1:
+        raise ValueError(f"shape must be (batch, *sample) with a batch of at least 1, got {shape}")
+    if denoiser.shape is not None and shape[1:] != denoiser.shape:
+        raise ValueError(
+            f"samples of shape {shape[1:]} were asked for; this denoiser makes {denoiser.shape}"
+        )
+    named = {"steps": steps, "nfe": nfe, "times": times, "plan": plan}
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"give at most one of steps, nfe, times and plan; got {sorted(given)}")
+    if plan is None:
+        solver = (
+            solvers.get(DEFAULT_SOLVER if solver == "auto" else solver)
+            if isinstance(solver, str)
+            else solver
+        )
+        statistics = denoiser.statistics
+        if nfe is not None:
+            plan = solver.largest(denoiser.schedule, nfe, statistics)
+        else:
+            plan = solver.plan(denoiser.schedule, steps, times=times, statistics=statistics)
+    if x_init is None and plan.start != 1:
+        raise ValueError(
+            f"the first node is {plan.start:g}, not 1: give x_init, the state at that time"
+        )
+    if x_init is not None and tuple(x_init.shape) != shape:
+        raise ValueError(f"x_init has shape {tuple(x_init.shape)}, expected {shape}")
+    if gradient not in (None, "direct"):
+        raise ValueError(f"gradient must be None or 'direct', got {gradient!r}")
+    for name, value in {"x_init": x_init, **condition}.items():
+        if gradient is None and isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but sampling runs without: pass gradient='direct', "
+                f"or {name}.detach()"
+            )
+    return _Job(denoiser, shape, plan, x_init, condition, gradient)
+
+
+def _progress(show: bool, job: _Job, batch: int | None) -> Any:
+    if not show:
+        return nullcontext(lambda: None)
+    from ebbflow.progress import bar
+
+    return bar("sampling", job.plan.nfe * len(job.chunks(batch)))

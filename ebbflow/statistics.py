@@ -1,0 +1,174 @@
+"""Statistics: the mean and covariance of data, pooled and per class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXACT_SIZE = 1024  # up to this many coordinates a covariance is kept whole
+LOW_RANK = 256
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A mean and a covariance `Q diag(variance) Qᵀ + residual (1 - Q Qᵀ)`.
+
+    Args:
+        mean: (*shape), float64.
+        variance: (r,) along the columns of the basis, or (*shape) along the cosines.
+        basis: Q, (d, r) with orthonormal columns and d the number of coordinates; or None for the
+            orthonormal two-dimensional cosine transform (DCT-II) of images, which nearly
+            diagonalises the covariance of natural pictures.
+        residual: the variance off the span of a low-rank basis.
+        classes: the statistics of each class label.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    basis: Tensor | None = None
+    residual: float = 0.0
+    classes: Mapping[int, Statistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        d = self.mean.numel()
+        expected = self.mean.shape if self.basis is None else self.basis.shape[1:]
+        if self.variance.shape != expected or (self.basis is not None and len(self.basis) != d):
+            raise ValueError(
+                f"variance {tuple(self.variance.shape)} does not fit mean "
+                f"{tuple(self.mean.shape)} in this basis"
+            )
+        if bool((self.variance < 0).any()) or self.residual < 0:
+            raise ValueError(f"a variance is negative: {self.variance.min().item():g}")
+
+    @staticmethod
+    def from_data(
+        samples: Tensor, labels: Tensor | None = None, kind: str | None = None
+    ) -> Statistics:
+        """Statistics of samples (N, *shape), with those of each class if labels (N,) are given.
+
+        kind: "exact", "low-rank" or "cosine"; unless given, exact up to 1,024 coordinates, else
+        cosine for images (C, H, W) and low-rank for the rest. Raises ValueError for fewer than two
+        samples or values that are not finite.
+        """
+        if len(samples) < 2:
+            raise ValueError(f"statistics need at least two samples, got {len(samples)}")
+        if not bool(torch.isfinite(samples).all()):
+            raise ValueError("the samples hold NaN or infinite values")
+        d = samples[0].numel()
+        kinds = {"exact": _exact, "low-rank": _low_rank, "cosine": _cosine}
+        chosen = kind or ("exact" if d <= EXACT_SIZE else "cosine" if samples.ndim == 4 else "")
+        chosen = chosen or "low-rank"
+        if chosen not in kinds or (chosen == "cosine" and samples.ndim != 4):
+            raise ValueError(f"kind {kind!r}: use exact, low-rank or, for images, cosine")
+        whole = kinds[chosen](samples.double())
+        if labels is None:
+            return whole
+        if labels.shape != (len(samples),):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {(len(samples),)}")
+        classes = {
+            int(c): kinds[chosen](samples[labels == c].double())
+            for c in labels.unique()
+            if int((labels == c).sum()) > 1
+        }
+        return Statistics(whole.mean, whole.variance, whole.basis, whole.residual, classes)
+
+    @staticmethod
+    def exact(mean: Tensor, covariance: Tensor) -> Statistics:
+        """Statistics of a known mean (*shape) and covariance (d, d)."""
+        variance, basis = torch.linalg.eigh(covariance.double())
+        return Statistics(mean.double(), variance.clamp(min=0), basis)
+
+    def given(self, **condition: Any) -> Statistics:
+        """The statistics of one class, `given(label=3)`; or else the pooled ones."""
+        label = condition.get("label")
+        if isinstance(label, Tensor):
+            label = int(label.flatten()[0]) if len(label.unique()) == 1 else None
+        return self.classes.get(label, self) if isinstance(label, int) else self
+
+    def covariance(self) -> Tensor:
+        """The whole covariance (d, d)."""
+        unit = torch.eye(self.mean.numel(), dtype=torch.float64)
+        return self.scale(unit.reshape(-1, *self.mean.shape), power=1.0).reshape(unit.shape)
+
+    def scale(
+        self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0, power: float = 1.0
+    ) -> Tensor:
+        """`(alpha² C + sigma²)^power x` for a batch x (B, *shape)."""
+
+        def gain(variance: Tensor | float) -> Any:
+            return (alpha**2 * variance + sigma**2) ** power
+
+        if self.basis is None:
+            weights = gain(self.variance).to(x.dtype)
+            return _cosines(weights * _cosines(x), inverse=True)
+        basis = self.basis.to(x.dtype)
+        flat = x.reshape(len(x), -1)
+        inside = flat @ basis
+        out = (inside * gain(self.variance).to(x.dtype)) @ basis.T
+        if basis.shape[0] > basis.shape[1]:
+            out = out + float(gain(self.residual)) * (flat - inside @ basis.T)
+        return out.reshape(x.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors from which `from_tensors` makes these statistics again."""
+        out: dict[str, Tensor] = {}
+        for prefix, part in {"": self, **{f"{c}.": s for c, s in self.classes.items()}}.items():
+            out[f"{prefix}mean"] = part.mean.contiguous()
+            out[f"{prefix}variance"] = part.variance.contiguous()
+            out[f"{prefix}residual"] = torch.tensor(part.residual, dtype=torch.float64)
+            if part.basis is not None:
+                out[f"{prefix}basis"] = part.basis.contiguous()
+        return out
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Statistics:
+        """The statistics that `tensors` described; raises ValueError for missing ones."""
+        labels = {int(name.split(".")[0]) for name in tensors if "." in name}
+
+        def part(prefix: str, classes: Mapping[int, Statistics]) -> Statistics:
+            try:
+                mean, variance = tensors[f"{prefix}mean"], tensors[f"{prefix}variance"]
+                residual = tensors[f"{prefix}residual"].item()
+            except KeyError as error:
+                raise ValueError(f"the statistics lack {error}") from error
+            basis = tensors.get(f"{prefix}basis")
+            basis = None if basis is None else basis.double()
+            return Statistics(mean.double(), variance.double(), basis, residual, classes)
+
+        return part("", {label: part(f"{label}.", {}) for label in sorted(labels)})
+
+
+def _exact(x: Tensor) -> Statistics:
+    flat = x.reshape(len(x), -1)
+    return Statistics.exact(x.mean(0), torch.atleast_2d(torch.cov(flat.T)))
+
+
+def _low_rank(x: Tensor) -> Statistics:
+    flat = (x - x.mean(0)).reshape(len(x), -1)
+    rank = min(LOW_RANK, len(x) - 1, flat.shape[1])
+    _, scale, basis = torch.linalg.svd(flat, full_matrices=False)
+    variance = scale**2 / (len(x) - 1)
+    rest = flat.shape[1] - rank
+    residual = float(variance[rank:].sum() / rest) if rest else 0.0
+    return Statistics(x.mean(0), variance[:rank], basis[:rank].T.contiguous(), residual)
+
+
+def _cosine(x: Tensor) -> Statistics:
+    return Statistics(x.mean(0), _cosines(x - x.mean(0)).square().sum(0) / (len(x) - 1))
+
+
+def _cosines(x: Tensor, inverse: bool = False) -> Tensor:
+    """Orthonormal DCT-II over the last two axes."""
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        k = torch.arange(n, dtype=torch.float64)
+        matrix = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
+        matrix[0] /= math.sqrt(2)
+        matrix = (matrix.T if inverse else matrix).to(x.device, x.dtype)
+        x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
+    return x
