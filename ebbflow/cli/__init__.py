@@ -39,20 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
-    rest = [argument for argument in rest if argument != "--debug"]
-    if not rest or rest[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if rest[0] == "--version":
-        from ebbflow import __version__
-
-        print(f"ebbflow {__version__}")
-        return 0
-    verb = rest.pop(0)
-    if verb not in verbs():
-        return _fail(_unknown(verb))
     try:
-        return _run(import_module(f"ebbflow.cli.{verb}"), verb, rest)
+        status = _dispatch([argument for argument in rest if argument != "--debug"])
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -64,7 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if debug:
             raise
-        return _fail(_one_line(error))
+        return _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _dispatch(rest: list[str]) -> int:
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if rest[0] == "--version":
+        from ebbflow import __version__
+
+        print(f"ebbflow {__version__}")
+        return 0
+    verb, *arguments = rest
+    if verb not in verbs():
+        near = get_close_matches(verb, list(verbs()), 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown verb {verb!r}; {hint}known: {', '.join(verbs())}")
+    return _run(import_module(f"ebbflow.cli.{verb}"), verb, arguments)
 
 
 def _run(module: ModuleType, verb: str, arguments: list[str]) -> int:
@@ -81,9 +88,7 @@ def _run(module: ModuleType, verb: str, arguments: list[str]) -> int:
     except SystemExit as stop:
         # tyro has printed the help (status 0) or what is wrong with the options (status 2).
         return stop.code if isinstance(stop.code, int) else USAGE
-    status = module.run(options) or 0
-    sys.stdout.flush()
-    return status
+    return module.run(options) or 0
 
 
 def _overview() -> str:
@@ -104,17 +109,6 @@ def _overview() -> str:
         "`ebbflow VERB --help` shows a verb's options and examples.",
     ]
     return "\n".join(lines)
-
-
-def _unknown(verb: str) -> str:
-    near = get_close_matches(verb, list(verbs()), 1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown verb {verb!r}; {hint}known: {', '.join(verbs())}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 def _fail(message: str) -> int:

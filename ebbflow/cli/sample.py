@@ -65,10 +65,10 @@ def run(options: Options) -> None:
 
     began = time.perf_counter()
     recipe, facts = prepare(options)
-    columns = _columns(len(recipe.classes))
+    columns, whole = grid_size(len(recipe.classes))
     count = options.count
     if count is None:
-        count = POINTS if len(recipe.shape) == 1 else columns * max(ROWS, -(-(ROWS**2) // columns))
+        count = POINTS if len(recipe.shape) == 1 else whole
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     shard = Shard.parse(options.shard)
@@ -104,7 +104,7 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     from ebbflow import solvers
     from ebbflow.cli import _models
     from ebbflow.cli._draw import Recipe
-    from ebbflow.sample import DEFAULT_SOLVER
+    from ebbflow.sampling import DEFAULT_SOLVER
 
     device = pick_device(options.device)
     denoiser = _models.open_model(options.model, device)
@@ -141,8 +141,8 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     batch = options.batch
     if batch is None:
         batch = POINTS if len(shape) == 1 else 16 if device.type == "cpu" else 256
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    if batch < 1 or options.seed < 0:
+        raise ValueError(f"batch {batch} and seed {options.seed}: give at least 1 and at least 0")
     facts = {
         "model": options.model,
         "classes": list(classes),
@@ -156,8 +156,13 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     return recipe, facts
 
 
-def _columns(classes: int) -> int:
-    """A multiple of the number of classes, where they are few: then a column is a class."""
-    if not 0 < classes <= 2 * ROWS:
-        return ROWS
-    return classes * max(1, round(ROWS / classes))
+def grid_size(classes: int) -> tuple[int, int]:
+    """Columns and samples of a grid of whole rows: eight or more rows, 64 or more samples.
+
+    The columns are a multiple of the number of classes, where they are few: then a column is of
+    one class.
+    """
+    columns = ROWS
+    if 0 < classes <= 2 * ROWS:
+        columns = classes * max(1, round(ROWS / classes))
+    return columns, columns * max(ROWS, -(-(ROWS**2) // columns))
