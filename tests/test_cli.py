@@ -23,7 +23,7 @@ from ebbflow.cli.sample import Options, prepare
 from ebbflow.denoiser import Denoiser
 from ebbflow.guidance import ClassifierFree
 from ebbflow.networks import MLP, UNet, count_parameters
-from ebbflow.sample import sample
+from ebbflow.sampling import sample
 from ebbflow.schedules import Cosine
 from ebbflow.storage import load, save
 

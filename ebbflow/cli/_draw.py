@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
-from ebbflow.sample import sample
+from ebbflow.sampling import sample
 
 
 @dataclass(frozen=True)
