@@ -122,10 +122,10 @@ class Plan:
         seed, first_index: of the noise of stochastic plans; row i is sample first_index + i.
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
-        last: tuple[Tensor | None, ...] = ()
+        registers: Any = None
         for step in self.execute(denoiser, x_init, seed, first_index, **condition):
-            last = step.registers
-        return last if isinstance(x_init, tuple) else last[0]
+            registers = step.registers
+        return registers if isinstance(x_init, tuple) else registers[0]
 
     def execute(
         self,
@@ -161,9 +161,9 @@ class Plan:
             z = None
             if draws:
                 z = noise.normal(seed, indices, k + 1, like.shape[1:], like.dtype, like.device)
-            x = _combine(query, (*registers, None, None, z))
+            x = _combine(query, (*registers, None, None, z, 1.0))
             d = calls[k](x, **condition)
-            values = (*registers, x, d, z)
+            values = (*registers, x, d, z, 1.0)
             registers = tuple([_combine(row, values) for row in update])
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
@@ -361,18 +361,18 @@ def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str)
         raise ValueError(f"{where}: a row needs more than the constant")
 
 
-Terms = tuple[tuple[int | None, float], ...]
+Terms = tuple[tuple[int, float], ...]
 
 
 def _compile(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...], bool]:
-    """Rows as (slot, coefficient) pairs, a unit coefficient first and the constant (None) last."""
-    slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": None}
+    """Rows as (slot, coefficient) pairs, a unit coefficient first and the constant last."""
+    slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": registers + 3}
     slots |= {f"x{i}": i for i in range(registers)}
 
     def terms(row: Row) -> Terms:
         kept = [(slots[name], float(value)) for name, value in row.items() if value != 0]
         kept = kept or [(slots[name], 0.0) for name in list(row)[:1]]
-        return tuple(sorted(kept, key=lambda term: (term[0] is None, term[1] != 1.0)))
+        return tuple(sorted(kept, key=lambda term: (term[0] == slots["1"], term[1] != 1.0)))
 
     rows = (stage.query, *stage.update)
     draws = any(row.get("Z", 0) != 0 for row in rows)
@@ -387,10 +387,7 @@ def _combine(terms: Terms, values: tuple[Any, ...]) -> Any:
     if coefficient != 1.0:
         total = total * coefficient
     for slot, coefficient in terms[1:]:
-        if slot is None:
-            total = total + coefficient
-        else:
-            total = torch.add(total, values[slot], alpha=coefficient)
+        total = torch.add(total, values[slot], alpha=coefficient)
     return total
 
 

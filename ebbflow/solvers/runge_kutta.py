@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ebbflow import grids
 from ebbflow.plan import Stage
-from ebbflow.solvers.base import Levels, Solver, first_order
+from ebbflow.solvers.base import Grid, Levels, Solver, first_order
 
 
 def velocity(levels: Levels, k: int) -> tuple[float, float]:
@@ -27,6 +28,10 @@ class Euler(Solver):
     Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow, algorithm 1.
     """
 
+    @property
+    def grid(self) -> Grid:
+        return grids.uniform
+
     def stages(self, levels: Levels) -> Iterator[Stage]:
         for k in range(len(levels.times) - 1):
             t, s = levels.times[k], levels.times[k + 1]
@@ -44,6 +49,10 @@ class Heun(Solver):
     Two calls a step, order 2. A step to sigma = 0 returns its first prediction, with one call.
     Elucidating the Design Space of Diffusion-Based Generative Models, algorithm 1, in time t.
     """
+
+    @property
+    def grid(self) -> Grid:
+        return grids.uniform
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
         for k in range(len(levels.times) - 1):
