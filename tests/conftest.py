@@ -7,6 +7,9 @@ import os
 # Before torch is imported anywhere: several workers share the cores, and a reduction split over
 # a varying number of threads rounds differently.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a command prints must not depend on where the tests run.
+os.environ.update(NO_COLOR="1", COLUMNS="120")
+os.environ.pop("FORCE_COLOR", None)
 
 import pytest
 import torch
