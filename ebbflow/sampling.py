@@ -16,7 +16,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.solvers import Solver
 
-DEFAULT_SOLVER = "dpm-solver++3m"
+DEFAULT_SOLVER = "dpm-solver++2m"
 """What "auto" is: of the solvers here, the most accurate at few calls that needs no statistics."""
 
 

@@ -15,7 +15,8 @@ from ebbflow.plan import Plan, Stage
 from ebbflow.schedules import Schedule
 from ebbflow.statistics import Statistics
 
-Grid = Callable[[Schedule, int], grids.Times]
+Grid = Callable[..., grids.Times]
+"""`grid(schedule, steps)`: the nodes from 1 to 0."""
 
 
 @dataclass(frozen=True)

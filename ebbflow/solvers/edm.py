@@ -8,12 +8,7 @@ from dataclasses import dataclass
 
 from ebbflow import grids
 from ebbflow.plan import Stage
-from ebbflow.schedules import Schedule
 from ebbflow.solvers.base import Grid, Levels, Solver, first_order
-
-
-def _karras(schedule: Schedule, steps: int) -> grids.Times:
-    return grids.karras(schedule, steps)
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class EDM(Solver):
 
     @property
     def grid(self) -> Grid:
-        return _karras
+        return grids.karras
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
         steps = len(levels.times) - 1

@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ebbflow import grids
 from ebbflow.plan import Stage
-from ebbflow.solvers.base import Levels, Solver
+from ebbflow.solvers.base import Grid, Levels, Solver
 
 Rule = Callable[[Sequence[float], float, float], list[float]]
 """`rule(u, h, rate)`: weights of D at the offsets u (u[0] = 0, then the past, negative)."""
@@ -66,6 +67,11 @@ class Multistep(Solver):
     @property
     def stochastic(self) -> bool:
         return self.tau > 0
+
+    @property
+    def grid(self) -> Grid:
+        # Of the plain grids the best for these methods, which interpolate in log-SNR.
+        return grids.log_snr
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
         alpha, sigma, lambda_ = levels.alpha, levels.sigma, levels.lambda_
