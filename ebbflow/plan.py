@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,30 +26,12 @@ from torch import Tensor
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
 from ebbflow.files import write_text
+from ebbflow.rows import Row as Row
+from ebbflow.rows import Stage, combine, compile_stage, validate, watch
 from ebbflow.schedules import Schedule, from_config
 
 if TYPE_CHECKING:
     from ebbflow.algebra import Dense, Moments, Transition
-
-Row = Mapping[str, float]
-"""A sparse linear form over the names "x0", "x1", …, "X", "D", "Z" and "1"."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One denoiser call.
-
-    Args:
-        time: of the call, in [0, 1]; sigma must be positive there.
-        query: the row over registers, "Z" and "1" that is denoised.
-        update: one row a register; an empty row empties the register.
-        node: the time at which register 0 is the state once this stage is done, or None.
-    """
-
-    time: float
-    query: Row
-    update: tuple[Row, ...]
-    node: float | None = None
 
 
 class Step(NamedTuple):
@@ -83,10 +64,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        _validate(self)
-        program = tuple(_compile(stage, self.registers) for stage in self.stages)
+        validate(self.schedule, self.start, self.stages)
+        program = tuple(compile_stage(stage, self.registers) for stage in self.stages)
         object.__setattr__(self, "_program", program)
-        object.__setattr__(self, "_watched", _watch(self))
+        object.__setattr__(self, "_watched", watch(self.stages))
 
     @property
     def nfe(self) -> int:
@@ -161,10 +142,10 @@ class Plan:
             z = None
             if draws:
                 z = noise.normal(seed, indices, k + 1, like.shape[1:], like.dtype, like.device)
-            x = _combine(query, (*registers, None, None, z, 1.0))
+            x = combine(query, (*registers, None, None, z, 1.0))
             d = calls[k](x, **condition)
             values = (*registers, x, d, z, 1.0)
-            registers = tuple([_combine(row, values) for row in update])
+            registers = tuple([combine(row, values) for row in update])
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
                 _require_finite(d, f"the prediction {where}")
@@ -172,7 +153,7 @@ class Plan:
                     _require_finite(register, f"the state {where}")
             else:
                 # A number that is not finite cannot leave a linear machine by itself, so a few
-                # sums, placed by `_watch`, see every prediction; they are read seldom.
+                # sums, placed by `watch`, see every prediction; they are read seldom.
                 for i in watched.get(k, ()):
                     doubt = doubt + registers[i].sum()
                 now = time.monotonic()
@@ -305,121 +286,6 @@ def _exact_keys(config: Any, keys: set[str], what: str) -> None:
             f"{what} has keys {sorted(found)}, it needs {sorted(keys)}: "
             f"missing {sorted(keys - found)}, unknown {sorted(found - keys)}"
         )
-
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _validate(plan: Plan) -> None:
-    if not plan.stages:
-        raise ValueError("a plan needs at least one stage")
-    if not _is_time(plan.start):
-        raise ValueError(f"start {plan.start!r} is not a time in [0, 1]")
-    for k, stage in enumerate(plan.stages):
-        if not _is_time(stage.time):
-            raise ValueError(f"stage {k}: time {stage.time!r} is not in [0, 1]")
-    sigma = plan.schedule.sigma(torch.tensor([s.time for s in plan.stages], dtype=torch.float64))
-    held = {f"x{i}" for i in range(plan.registers)}
-    every = frozenset(held)
-    for k, stage in enumerate(plan.stages):
-        where = f"stage {k}"
-        if sigma[k] == 0:
-            raise ValueError(
-                f"{where}: there is no noise at t = {stage.time:g}, nothing to denoise"
-            )
-        if len(stage.update) != plan.registers:
-            raise ValueError(
-                f"{where}: {len(stage.update)} update rows for {plan.registers} register(s)"
-            )
-        _check_row(stage.query, held | {"Z", "1"}, every, f"{where}, query")
-        for i, row in enumerate(stage.update):
-            if row:
-                _check_row(row, held | {"X", "D", "Z", "1"}, every, f"{where}, register {i}")
-        held = {f"x{i}" for i, row in enumerate(stage.update) if row}
-        if stage.node is not None and (not _is_time(stage.node) or "x0" not in held):
-            raise ValueError(f"{where}: node {stage.node!r} needs a time in [0, 1] and a state")
-    if plan.stages[-1].node is None:
-        raise ValueError("the last stage must end at a node, where register 0 is the state")
-    from ebbflow.grids import given
-
-    given(plan.times)
-
-
-def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str) -> None:
-    if not row:
-        raise ValueError(f"{where}: the row is empty")
-    for name, value in row.items():
-        if name not in names:
-            why = "is empty there" if name in registers else "is not a name there"
-            raise ValueError(f"{where}: {name!r} {why}; the row may use {sorted(names)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not a number")
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not finite")
-    if set(row) == {"1"}:
-        raise ValueError(f"{where}: a row needs more than the constant")
-
-
-Terms = tuple[tuple[int, float], ...]
-
-
-def _compile(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...], bool]:
-    """Rows as (slot, coefficient) pairs, a unit coefficient first and the constant last."""
-    slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": registers + 3}
-    slots |= {f"x{i}": i for i in range(registers)}
-
-    def terms(row: Row) -> Terms:
-        kept = [(slots[name], float(value)) for name, value in row.items() if value != 0]
-        kept = kept or [(slots[name], 0.0) for name in list(row)[:1]]
-        return tuple(sorted(kept, key=lambda term: (term[0] == slots["1"], term[1] != 1.0)))
-
-    rows = (stage.query, *stage.update)
-    draws = any(row.get("Z", 0) != 0 for row in rows)
-    return terms(stage.query), tuple(terms(row) for row in stage.update), draws
-
-
-def _combine(terms: Terms, values: tuple[Any, ...]) -> Any:
-    if not terms:
-        return None
-    slot, coefficient = terms[0]
-    total = values[slot]
-    if coefficient != 1.0:
-        total = total * coefficient
-    for slot, coefficient in terms[1:]:
-        total = torch.add(total, values[slot], alpha=coefficient)
-    return total
-
-
-def _watch(plan: Plan) -> dict[int, tuple[int, ...]]:
-    """Where to sum registers so that every prediction is seen: {stage: registers}.
-
-    Prediction j is bit j of a mask. A register's mask says which predictions it contains with a
-    coefficient that is not zero; going backwards, a register is summed when it holds a prediction
-    that nothing summed later holds.
-    """
-    masks: list[dict[str, int]] = []
-    current = {f"x{i}": 0 for i in range(plan.registers)}
-    for k, stage in enumerate(plan.stages):
-
-        def gather(row: Row, values: Mapping[str, int]) -> int:
-            mask = 0
-            for name, value in row.items():
-                mask |= values.get(name, 0) if value != 0 else 0
-            return mask
-
-        values = current | {"D": 1 << k}
-        values["X"] = gather(stage.query, values)
-        current = {f"x{i}": gather(row, values) for i, row in enumerate(stage.update)}
-        masks.append(current)
-    seen = 0
-    watched: dict[int, tuple[int, ...]] = {}
-    for k in reversed(range(plan.nfe)):
-        for name, mask in masks[k].items():
-            if mask & ~seen or (k == plan.nfe - 1 and name == "x0"):
-                seen |= mask
-                watched[k] = (*watched.get(k, ()), int(re.sub(r"\D", "", name)))
-    return watched
 
 
 def _read(value: Tensor | float) -> float:

@@ -1,0 +1,151 @@
+"""The rows of a plan: sparse linear forms, their checks, and the two ways to evaluate them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ebbflow.grids import given
+from ebbflow.schedules import Schedule
+
+Row = Mapping[str, float]
+"""A sparse linear form over the names "x0", "x1", …, "X", "D", "Z" and "1"."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One denoiser call.
+
+    Args:
+        time: of the call, in [0, 1]; sigma must be positive there.
+        query: the row over registers, "Z" and "1" that is denoised.
+        update: one row a register; an empty row empties the register.
+        node: the time at which register 0 is the state once this stage is done, or None.
+    """
+
+    time: float
+    query: Row
+    update: tuple[Row, ...]
+    node: float | None = None
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
+    """Raise ValueError, naming the stage and the row, unless the stages make a plan."""
+    if not stages:
+        raise ValueError("a plan needs at least one stage")
+    registers = len(stages[0].update)
+    if not _is_time(start):
+        raise ValueError(f"start {start!r} is not a time in [0, 1]")
+    for k, stage in enumerate(stages):
+        if not _is_time(stage.time):
+            raise ValueError(f"stage {k}: time {stage.time!r} is not in [0, 1]")
+    sigma = schedule.sigma(torch.tensor([s.time for s in stages], dtype=torch.float64))
+    held = {f"x{i}" for i in range(registers)}
+    every = frozenset(held)
+    for k, stage in enumerate(stages):
+        where = f"stage {k}"
+        if sigma[k] == 0:
+            raise ValueError(
+                f"{where}: there is no noise at t = {stage.time:g}, nothing to denoise"
+            )
+        if len(stage.update) != registers:
+            raise ValueError(
+                f"{where}: {len(stage.update)} update rows for {registers} register(s)"
+            )
+        _check_row(stage.query, held | {"Z", "1"}, every, f"{where}, query")
+        for i, row in enumerate(stage.update):
+            if row:
+                _check_row(row, held | {"X", "D", "Z", "1"}, every, f"{where}, register {i}")
+        held = {f"x{i}" for i, row in enumerate(stage.update) if row}
+        if stage.node is not None and (not _is_time(stage.node) or "x0" not in held):
+            raise ValueError(f"{where}: node {stage.node!r} needs a time in [0, 1] and a state")
+    if stages[-1].node is None:
+        raise ValueError("the last stage must end at a node, where register 0 is the state")
+    given((start, *(stage.node for stage in stages if stage.node is not None)))
+
+
+def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str) -> None:
+    if not row:
+        raise ValueError(f"{where}: the row is empty")
+    for name, value in row.items():
+        if name not in names:
+            why = "is empty there" if name in registers else "is not a name there"
+            raise ValueError(f"{where}: {name!r} {why}; the row may use {sorted(names)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not finite")
+    if set(row) == {"1"}:
+        raise ValueError(f"{where}: a row needs more than the constant")
+
+
+Terms = tuple[tuple[int, float], ...]
+
+
+def compile_stage(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...], bool]:
+    """Rows as (slot, coefficient) pairs, a unit coefficient first and the constant last."""
+    slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": registers + 3}
+    slots |= {f"x{i}": i for i in range(registers)}
+
+    def terms(row: Row) -> Terms:
+        kept = [(slots[name], float(value)) for name, value in row.items() if value != 0]
+        kept = kept or [(slots[name], 0.0) for name in list(row)[:1]]
+        return tuple(sorted(kept, key=lambda term: (term[0] == slots["1"], term[1] != 1.0)))
+
+    rows = (stage.query, *stage.update)
+    draws = any(row.get("Z", 0) != 0 for row in rows)
+    return terms(stage.query), tuple(terms(row) for row in stage.update), draws
+
+
+def combine(terms: Terms, values: tuple[Any, ...]) -> Any:
+    """The linear form of these values, None for an empty row."""
+    if not terms:
+        return None
+    slot, coefficient = terms[0]
+    total = values[slot]
+    if coefficient != 1.0:
+        total = total * coefficient
+    for slot, coefficient in terms[1:]:
+        total = torch.add(total, values[slot], alpha=coefficient)
+    return total
+
+
+def watch(stages: Sequence[Stage]) -> dict[int, tuple[int, ...]]:
+    """Where to sum registers so that every prediction is seen: {stage: registers}.
+
+    Prediction j is bit j of a mask. A register's mask says which predictions it contains with a
+    coefficient that is not zero; going backwards, a register is summed when it holds a prediction
+    that nothing summed later holds.
+    """
+    registers = len(stages[0].update)
+    masks: list[list[int]] = []
+    current = [0] * registers
+    for k, stage in enumerate(stages):
+
+        def gather(row: Row, values: Mapping[str, int]) -> int:
+            mask = 0
+            for name, value in row.items():
+                mask |= values.get(name, 0) if value != 0 else 0
+            return mask
+
+        values = {f"x{i}": mask for i, mask in enumerate(current)} | {"D": 1 << k}
+        values["X"] = gather(stage.query, values)
+        current = [gather(row, values) for row in stage.update]
+        masks.append(current)
+    seen = 0
+    watched: dict[int, tuple[int, ...]] = {}
+    last = len(stages) - 1
+    for k in range(last, -1, -1):
+        for i, mask in enumerate(masks[k]):
+            if mask & ~seen or (k == last and i == 0):
+                seen |= mask
+                watched[k] = (*watched.get(k, ()), i)
+    return watched
