@@ -76,14 +76,13 @@ class GaussianMixture:
 
     def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log(weight_k p(x_t | k)) (B, K), and E[x_0 | x_t, k] (B, K, d)."""
-        alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
-        log_densities, means = [], []
-        for mean, variance, basis in zip(self.means, self._variances, self._bases, strict=True):
-            z = (x - alpha * mean) @ basis
-            total = alpha**2 * variance + sigma**2
-            log_densities.append(-0.5 * (z**2 / total + torch.log(2 * math.pi * total)).sum(-1))
-            means.append(mean + (alpha * variance / total * z) @ basis.T)
-        return torch.log(self.weights) + torch.stack(log_densities, 1), torch.stack(means, 1)
+        alpha, sigma = alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
+        total = alpha**2 * self._variances + sigma**2  # (B or 1, K, d)
+        z = torch.einsum("bki,kij->bkj", x[:, None] - alpha * self.means, self._bases)
+        log_densities = -0.5 * (z**2 / total + torch.log(2 * math.pi * total)).sum(-1)
+        shrunk = alpha * self._variances / total * z
+        means = self.means + torch.einsum("bkj,kij->bki", shrunk, self._bases)
+        return torch.log(self.weights) + log_densities, means
 
     def denoiser(self, schedule: Schedule, statistics: bool = False) -> Denoiser:
         """The exact `E[x_0 | x_t]`, computed in float64; with `statistics`, it carries its own."""

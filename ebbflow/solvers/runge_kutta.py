@@ -12,12 +12,15 @@ from ebbflow.plan import Stage
 from ebbflow.solvers.base import Grid, Levels, Solver, first_order
 
 
-def velocity(levels: Levels, k: int) -> tuple[float, float]:
-    """(p, q) with `dx/dt = p x + q D` at node k: `p = sigma'/sigma`, `q = alpha' - alpha p`."""
-    t = torch.tensor(levels.times[k], dtype=torch.float64)
-    alpha_prime = levels.schedule.alpha_prime(t).item()
-    p = levels.schedule.sigma_prime(t).item() / levels.sigma[k]
-    return p, alpha_prime - levels.alpha[k] * p
+def velocity(levels: Levels) -> list[tuple[float, float]]:
+    """(p, q) with `dx/dt = p x + q D` at each node: `p = sigma'/sigma`, `q = alpha' - alpha p`.
+
+    They are not finite at sigma = 0, where no method uses them.
+    """
+    t = torch.tensor(levels.times, dtype=torch.float64)
+    p = levels.schedule.sigma_prime(t) / levels.schedule.sigma(t)
+    q = levels.schedule.alpha_prime(t) - levels.schedule.alpha(t) * p
+    return list(zip(p.tolist(), q.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ class Euler(Solver):
         return grids.uniform
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
+        rates = velocity(levels)
         for k in range(len(levels.times) - 1):
             t, s = levels.times[k], levels.times[k + 1]
             a, b = first_order(levels, k)
             if levels.sigma[k] and levels.sigma[k + 1]:
-                p, q = velocity(levels, k)
+                p, q = rates[k]
                 a, b = 1 + (s - t) * p, (s - t) * q
             yield Stage(t, {"x0": 1.0}, ({"x0": a, "D": b},), s)
 
@@ -55,6 +59,7 @@ class Heun(Solver):
         return grids.uniform
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
+        rates = velocity(levels)
         for k in range(len(levels.times) - 1):
             t, s = levels.times[k], levels.times[k + 1]
             if not (levels.sigma[k] and levels.sigma[k + 1]):
@@ -62,10 +67,10 @@ class Heun(Solver):
                 yield Stage(t, {"x0": 1.0}, ({"x0": a, "D": b}, {}), s)
                 continue
             h = s - t
-            p, q = velocity(levels, k)
+            p, q = rates[k]
             half = {"x0": 1 + h / 2 * p, "D": h / 2 * q}
             yield Stage(t, {"x0": 1.0}, (half, {"x0": 1 + h * p, "D": h * q}))
-            p, q = velocity(levels, k + 1)
+            p, q = rates[k + 1]
             yield Stage(s, {"x1": 1.0}, ({"x0": 1.0, "X": h / 2 * p, "D": h / 2 * q}, {}), s)
 
 
