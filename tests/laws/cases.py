@@ -1,0 +1,107 @@
+"""What the laws run on: every solver of the package, four schedules and two laws of data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ebbflow as ef
+from ebbflow.plan import Plan
+from ebbflow.schedules import Schedule
+from ebbflow.solvers import Solver
+from tests.laws import reference
+from tests.laws.reference import Mixture
+
+# Anisotropic, off-centre, of different shapes in every direction: nothing cancels by symmetry.
+LAWS = {
+    "gaussian": Mixture(
+        np.array([[0.7, -0.4]]), np.array([[[1.3, 0.5], [0.5, 0.4]]]), np.array([1.0])
+    ),
+    "mixture": Mixture(
+        np.array([[1.0, -0.5], [-1.2, 0.8]]),
+        np.array([[[0.3, 0.2], [0.2, 0.4]], [[0.5, -0.3], [-0.3, 0.4]]]),
+        np.array([0.6, 0.4]),
+    ),
+}
+
+SCHEDULES: dict[str, Schedule] = {
+    "VP": ef.schedules.VP(),
+    "Linear": ef.schedules.Linear(),
+    "Cosine": ef.schedules.Cosine(),
+    "VE": ef.schedules.VE(),
+}
+BETAS = ef.schedules.Betas(np.linspace(1e-4, 0.02, 1000).tolist())
+
+# Methods in time t, which integrate alpha D + sigma eps exactly only where it is straight in t.
+IN_TIME = frozenset({"euler", "heun"})
+
+# Enrolment: every name the package lists, so a solver cannot be added without passing.
+SOLVERS = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})
+DETERMINISTIC = tuple(n for n, s in SOLVERS.items() if not s.stochastic and not s.adaptive)
+STOCHASTIC = tuple(n for n, s in SOLVERS.items() if s.stochastic and not s.adaptive)
+
+Maker = Callable[[Schedule, Sequence[float]], Plan]
+"""`make(schedule, nodes) -> plan`: a solver, or a wrong one."""
+
+
+def statistics(law: str = "gaussian") -> ef.Statistics:
+    """Of a law; solvers that do not need them ignore them."""
+    known = LAWS[law]
+    return ef.Statistics.exact(torch.tensor(known.mean), torch.tensor(known.covariance))
+
+
+def maker(solver: Solver) -> Maker:
+    known = statistics()
+    return lambda schedule, nodes: solver.plan(schedule, times=nodes, statistics=known)
+
+
+def oracle(law: str) -> ef.oracles.GaussianMixture:
+    known = LAWS[law]
+    parts = (known.means, known.covariances, known.weights)
+    return ef.oracles.GaussianMixture(*(torch.tensor(part) for part in parts))
+
+
+def denoiser(law: str, schedule: str) -> ef.Denoiser:
+    """The posterior mean by the reference's own formulas: it owes the package nothing."""
+    known, levels = LAWS[law], reference.LEVELS[schedule]
+
+    def posterior_mean(x: Tensor, t: Tensor) -> Tensor:
+        now = levels(t[0].item())
+        return torch.from_numpy(known.posterior_mean(x.numpy(), now.alpha, now.sigma))
+
+    return ef.Denoiser(posterior_mean, SCHEDULES[schedule])
+
+
+def interior(steps: int) -> list[float]:
+    """Uniform nodes from 0.95 to 0.05."""
+    return np.linspace(0.95, 0.05, steps + 1).tolist()
+
+
+def uneven(steps: int, seed: int = 0) -> list[float]:
+    """Decreasing nodes with no regularity, from 0.95 to 0.05."""
+    gaps = np.random.default_rng(seed).uniform(0.5, 1.5, steps)
+    return [0.95, *(0.95 - 0.9 * np.cumsum(gaps) / gaps.sum())[:-1].tolist(), 0.05]
+
+
+@functools.cache
+def start(law: str, schedule: str, samples: int = 4) -> np.ndarray:
+    """States (samples, d) of the process at t = 0.95."""
+    levels = reference.LEVELS[schedule](0.95)
+    x0 = LAWS[law].draw(samples, seed=3)
+    noise = np.random.default_rng(4).standard_normal(x0.shape)
+    return levels.alpha * x0 + levels.sigma * noise
+
+
+@functools.cache
+def exact_end(law: str, schedule: str) -> np.ndarray:
+    """Where the probability-flow ODE carries `start` at t = 0.05."""
+    return reference.flow(LAWS[law], schedule, start(law, schedule), 0.95, 0.05)
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
