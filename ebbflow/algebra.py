@@ -97,24 +97,23 @@ def moments(
         first = basis.T @ torch.as_tensor(start[0], dtype=torch.float64)
         spread = basis.T @ torch.as_tensor(start[1], dtype=torch.float64) @ basis
     d, m = len(mean), plan.registers
+    times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
+    alpha, sigma = plan.schedule.alpha(times)[:, None], plan.schedule.sigma(times)[:, None]
+    slope = alpha * variance / (alpha**2 * variance + sigma**2)  # (nfe, d): D = slope X + offset
+    offset = (1 - slope * alpha) * centre
+    table = _table(plan)
     # Registers as affine maps of X_0 in each direction (all equal at first); noise adds up aside.
     # Directions stay independent given X_0, whose covariance may couple them.
     gain = torch.ones(d, m, dtype=torch.float64)
     shift = torch.zeros(d, m, dtype=torch.float64)
     noise = torch.zeros(d, m, m, dtype=torch.float64)
-    for stage in plan.stages:
-        alpha, sigma = plan.schedule.alpha(stage.time), plan.schedule.sigma(stage.time)
-        slope = alpha * variance / (alpha**2 * variance + sigma**2)
-        query, q_noise, q_constant = _split(stage.query, m)
-        # X = query · x + …, D = slope X + (1 - slope alpha) centre, then the update rows.
-        rows = [_split(row, m) for row in stage.update]
-        on_x = torch.tensor([row.get("X", 0.0) for row in stage.update], dtype=torch.float64)
-        on_d = torch.tensor([row.get("D", 0.0) for row in stage.update], dtype=torch.float64)
-        through = on_x + slope[:, None] * on_d  # (d, m): what each register takes from X
-        matrix = torch.stack([row[0] for row in rows]) + through[:, :, None] * query
-        fresh = torch.stack([row[1] for row in rows]) + through * q_noise
-        constant = torch.stack([row[2] for row in rows]) + through * q_constant
-        constant = constant + on_d * ((1 - slope * alpha) * centre)[:, None]
+    for k, rows in enumerate(table):
+        query, update = rows[0], rows[1:]
+        on_x, on_d, on_z, on_1 = update[:, m:].T
+        through = on_x + slope[k][:, None] * on_d  # (d, m): what each register takes from X
+        matrix = update[:, :m] + through[:, :, None] * query[:m]
+        fresh = on_z + through * query[m + 2]
+        constant = on_1 + through * query[m + 3] + offset[k][:, None] * on_d
         gain = (matrix @ gain[:, :, None])[:, :, 0]
         shift = (matrix @ shift[:, :, None])[:, :, 0] + constant
         noise = matrix @ noise @ matrix.transpose(1, 2) + fresh[:, :, None] * fresh[:, None, :]
@@ -123,11 +122,13 @@ def moments(
     return Moments(basis @ final, basis @ total @ basis.T)
 
 
-def _split(row: Row, registers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(coefficients of the registers, of Z, the constant) of a row."""
-    held = [row.get(f"x{i}", 0.0) for i in range(registers)]
-    parts = (held, row.get("Z", 0.0), row.get("1", 0.0))
-    return tuple(torch.tensor(part, dtype=torch.float64) for part in parts)  # pyright: ignore
+def _table(plan: Plan) -> Tensor:
+    """(nfe, 1 + registers, registers + 4): the query and the update rows of each stage, over the
+    registers, X, D, Z and 1."""
+    names = [*(f"x{i}" for i in range(plan.registers)), "X", "D", "Z", "1"]
+    rows = [[stage.query, *stage.update] for stage in plan.stages]
+    values = [[[row.get(name, 0.0) for name in names] for row in stage] for stage in rows]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def transition(plan: Plan, step: int) -> Transition:
@@ -157,16 +158,15 @@ def reverse(plan: Plan) -> Plan:
     """
     m = plan.registers
     nodes = plan.times
+    table = _table(plan)
     stages: list[Stage] = []
     for k, stage in enumerate(plan.stages):
         if any(row.get("Z", 0) != 0 for row in (stage.query, *stage.update)):
             raise ValueError(f"stage {k} draws noise: a stochastic plan has no inverse")
-        query, _, q_constant = _split(stage.query, m)
-        parts = [_split(row, m) for row in stage.update]
-        on_x = torch.tensor([row.get("X", 0.0) for row in stage.update], dtype=torch.float64)
-        b = torch.tensor([row.get("D", 0.0) for row in stage.update], dtype=torch.float64)
-        matrix = torch.stack([part[0] for part in parts]) + on_x[:, None] * query
-        constant = torch.stack([part[2] for part in parts]) + on_x * q_constant
+        query, q_constant = table[k, 0, :m], table[k, 0, m + 3]
+        on_x, b, _, on_1 = table[k, 1:, m:].T
+        matrix = table[k, 1:, :m] + on_x[:, None] * query
+        constant = on_1 + on_x * q_constant
         if torch.linalg.matrix_rank(matrix) < m:
             raise ValueError(
                 f"stage {k} is singular: it forgets a register (a step to sigma = 0, or a history "

@@ -247,10 +247,10 @@ class Betas(Schedule):
         values = tuple(float(b) for b in betas)
         _require(len(values) > 0, "betas is empty: give at least one value")
         for i, beta in enumerate(values):
-            last = i == len(values) - 1
+            last = 0 < i == len(values) - 1
             _require(
                 0 < beta < 1 or (last and beta == 1),
-                f"betas[{i}] = {beta}: every beta lies in (0, 1), the last may be 1",
+                f"betas[{i}] = {beta}: every beta lies in (0, 1), the last of several may be 1",
             )
         object.__setattr__(self, "betas", values)
         keep = torch.log1p(-torch.tensor(values, dtype=torch.float64))
@@ -275,8 +275,8 @@ class Betas(Schedule):
         falls = torch.isinf(high) & ~starts
         share = position - left
         noise_to_signal = torch.exp(-knots[0]) * position
-        signal_to_noise = torch.exp(0.5 * low) * (1 - share)
-        inside = torch.lerp(low, torch.where(falls, low, high), share)
+        signal_to_noise = torch.exp(0.5 * low) * (1 - torch.where(falls, share, 0 * share))
+        inside = torch.lerp(low, torch.where(torch.isinf(high), low, high), share)
         return starts, falls, noise_to_signal, signal_to_noise, inside
 
     def log_snr(self, t: TimeLike) -> Tensor:
