@@ -35,7 +35,6 @@ SCHEDULES: dict[str, Schedule] = {
     "Cosine": ef.schedules.Cosine(),
     "VE": ef.schedules.VE(),
 }
-BETAS = ef.schedules.Betas(np.linspace(1e-4, 0.02, 1000).tolist())
 
 # Methods in time t, which integrate alpha D + sigma eps exactly only where it is straight in t.
 IN_TIME = frozenset({"euler", "heun"})

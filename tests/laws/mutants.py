@@ -106,7 +106,7 @@ def systematic(solver: str, order: int) -> list[Mutant]:
         factors = {"slightly": SLIGHTLY, "sign": -1.0}
         if name == "Z":
             # The law of Z does not change with its sign.
-            factors = {"slightly": SLIGHTLY, "1.01": 1.01, "none": 0.0}
+            factors = {"slightly": SLIGHTLY, "none": 0.0}
         out += [
             Mutant(solver, f"{key}.{name} {what}", lambda p, s=site, f=factor: scaled(p, s, f))
             for what, factor in factors.items()

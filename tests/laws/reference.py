@@ -29,7 +29,8 @@ class Levels:
 def vp(t: float) -> Levels:
     beta, integral = 0.1 + 19.9 * t, 0.1 * t + 9.95 * t**2
     alpha, sigma = math.exp(-integral / 2), math.sqrt(-math.expm1(-integral))
-    return Levels(alpha, sigma, -beta * alpha / 2, beta * alpha**2 / (2 * sigma))
+    steep = beta * alpha**2 / (2 * sigma) if sigma else math.inf
+    return Levels(alpha, sigma, -beta * alpha / 2, steep)
 
 
 def cosine(t: float) -> Levels:
