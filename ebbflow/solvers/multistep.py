@@ -64,6 +64,13 @@ class Multistep(Solver):
     tau: float = 0.0
     corrected_start: bool = False
 
+    def __post_init__(self) -> None:
+        if self.history not in (1, 2, 3) or not 0 <= self.tau < math.inf:
+            raise ValueError(
+                f"history {self.history} must be 1, 2 or 3, and tau {self.tau} at least 0: "
+                "tau 0 is the ODE, 1 the SDE"
+            )
+
     @property
     def stochastic(self) -> bool:
         return self.tau > 0
@@ -86,8 +93,8 @@ class Multistep(Solver):
             a = sigma[k + 1] / sigma[k] * (math.exp(-noise * h) if noise else 1.0)
             row = [alpha[k + 1] * w for w in weights]
             if self.corrected_start and k == 1 and len(row) == 2:
-                h = lambda_[1] - lambda_[0]
-                late, early = self.rule([0.0, h], h, 1 + noise)[::-1]
+                first = lambda_[1] - lambda_[0]
+                late, early = self.rule([0.0, first], first, 1 + noise)[::-1]
                 row[0] += a * alpha[1] * late
                 row[1] += a * alpha[1] * (early - previous[0])
             previous = weights
