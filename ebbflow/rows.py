@@ -97,12 +97,13 @@ def compile_stage(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...
 
     def terms(row: Row) -> Terms:
         kept = [(slots[name], float(value)) for name, value in row.items() if value != 0]
-        kept = kept or [(slots[name], 0.0) for name in list(row)[:1]]
+        if row and all(slot == slots["1"] for slot, _ in kept):
+            # Nothing but a number is left: a term of zero gives it a shape.
+            kept.append((slots[next(name for name in row if name != "1")], 0.0))
         return tuple(sorted(kept, key=lambda term: (term[0] == slots["1"], term[1] != 1.0)))
 
-    rows = (stage.query, *stage.update)
-    draws = any(row.get("Z", 0) != 0 for row in rows)
-    return terms(stage.query), tuple(terms(row) for row in stage.update), draws
+    rows = (terms(stage.query), *map(terms, stage.update))
+    return rows[0], rows[1:], any(slot == slots["Z"] for row in rows for slot, _ in row)
 
 
 def combine(terms: Terms, values: tuple[Any, ...]) -> Any:
