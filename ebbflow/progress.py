@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+def bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[], None]]:
     """Yield a function that advances the bar by one of `total`; off a terminal it does nothing."""
-    if not sys.stderr.isatty():
+    if not (show and sys.stderr.isatty()):
         yield lambda: None
         return
     from rich.console import Console

@@ -14,10 +14,8 @@ from torch import Tensor
 from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
+from ebbflow.progress import bar
 from ebbflow.solvers import Solver
-
-DEFAULT_SOLVER = "dpm-solver++2m"
-"""What "auto" is: of the solvers here, the most accurate at few calls that needs no statistics."""
 
 
 class Point(NamedTuple):
@@ -94,8 +92,9 @@ def sample(
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
     calls = job.plan.nfe + (1 if job.extra else 0)
     parts = []
-    with _progress(progress, job, batch) as advance, job.mode():
-        for chunk in job.chunks(batch):
+    chunks = job.chunks(batch)
+    with bar("sampling", job.plan.nfe * len(chunks), progress) as advance, job.mode():
+        for chunk in chunks:
             state = None
             for point in job.run(chunk, advance):
                 state = point.state
@@ -183,13 +182,10 @@ class _Job:
         ]
 
     def run(self, chunk: _Chunk, advance: Callable[[], None] = lambda: None) -> Iterator[Point]:
-        rows = torch.arange(chunk.first, chunk.first + chunk.size) - self.first_index
+        rows = torch.arange(chunk.size) + (chunk.first - self.first_index)
         rows = rows.clamp(0, self.shape[0] - 1)  # padding repeats an end row
         condition = {name: self._cut(value, rows) for name, value in self.condition.items()}
-        if self.x_init is None:
-            x = self._prior(chunk)
-        else:
-            x = self._cut(self.x_init, rows) if len(rows) != self.shape[0] else self.x_init
+        x = self._prior(chunk) if self.x_init is None else self._cut(self.x_init, rows)
         nodes = iter(self.plan.times[1:])
         last = self.plan.times[-1]
         for step in self.plan.execute(self.denoiser, x, self.seed, chunk.first, **condition):
@@ -240,11 +236,7 @@ def _prepare(
     if len(given) > 1:
         raise ValueError(f"give at most one of steps, nfe, times and plan; got {sorted(given)}")
     if plan is None:
-        solver = (
-            solvers.get(DEFAULT_SOLVER if solver == "auto" else solver)
-            if isinstance(solver, str)
-            else solver
-        )
+        solver = solvers.get(solver) if isinstance(solver, str) else solver
         statistics = denoiser.statistics
         if nfe is not None:
             plan = solver.largest(denoiser.schedule, nfe, statistics)
@@ -265,11 +257,3 @@ def _prepare(
                 f"or {name}.detach()"
             )
     return _Job(denoiser, shape, plan, x_init, condition, gradient)
-
-
-def _progress(show: bool, job: _Job, batch: int | None) -> Any:
-    if not show:
-        return nullcontext(lambda: None)
-    from ebbflow.progress import bar
-
-    return bar("sampling", job.plan.nfe * len(job.chunks(batch)))

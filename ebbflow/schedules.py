@@ -25,7 +25,8 @@ def as_time(t: TimeLike) -> Tensor:
     # Inside vmap the values cannot be read; the caller checked them outside.
     batched = torch._C._functorch.is_batchedtensor(t)  # pyright: ignore[reportAttributeAccessIssue]
     if not batched and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"time {_preview(t)} lies outside [0, 1]; 0 is data and 1 is noise")
+        bad = t.detach()[~((t >= 0) & (t <= 1))].flatten()[0].item()
+        raise ValueError(f"time {bad:g} lies outside [0, 1]; 0 is data and 1 is noise")
     return t
 
 
@@ -42,12 +43,6 @@ def along(values: Tensor, x: Tensor) -> Tensor:
             "give one time, shape (), or one a sample, shape (B,)"
         )
     return values.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def _preview(t: Tensor) -> str:
-    flat = t.detach().flatten()
-    bad = flat[~((flat >= 0) & (flat <= 1))]
-    return f"{bad[0].item():g}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +112,7 @@ class Schedule:
 
 
 def _derivative(function: Any, t: Tensor) -> Tensor:
+    t = t.contiguous()  # dual numbers need memory of their own, which an expanded time lacks
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 

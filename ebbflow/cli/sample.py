@@ -104,7 +104,6 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     from ebbflow import solvers
     from ebbflow.cli import _models
     from ebbflow.cli._draw import Recipe
-    from ebbflow.sampling import DEFAULT_SOLVER
 
     device = pick_device(options.device)
     denoiser = _models.open_model(options.model, device)
@@ -128,7 +127,7 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
 
         denoiser = ClassifierFree(denoiser, guidance, null={"label": known})
     name = options.solver or chosen.get("solver", "auto")
-    solver = solvers.get(DEFAULT_SOLVER if name == "auto" else name)
+    solver = solvers.get(name)
     if options.nfe is not None:
         if options.steps is not None:
             raise ValueError(f"give --steps {options.steps} or --nfe {options.nfe}, not both")

@@ -108,7 +108,7 @@ def test_every_systematic_mutant_is_seen(mutant: Mutant) -> None:
 @pytest.mark.parametrize("schedule", ["VP", "Cosine", "Betas to no signal", "VE"])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in IN_TIME])
 def test_the_run_is_exact_as_the_table_is(name: str, schedule: str) -> None:
-    """A point mass: from the first node, every state lies on its line or, with noise, in its law."""
+    """A point mass: every state lies on its line or, with noise, in its law."""
     process = EVERYWHERE[schedule]
     point = torch.tensor([0.8, -0.3, 0.1], dtype=torch.float64)
     eps = torch.randn(400, 3, dtype=torch.float64)

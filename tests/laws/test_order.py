@@ -70,7 +70,7 @@ def test_mutants_lose_their_order(mutant: Mutant) -> None:
         check_order(mutant.make, SOLVERS[mutant.solver].order)
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES)
 def test_the_reference_agrees_with_itself_in_another_variable(case: Case) -> None:
     law, schedule = case
     found = reference.flow_in_ratio(LAWS[law], schedule, cases.start(*case), 0.95, 0.05)
