@@ -52,7 +52,7 @@ def save(
     dtype: of the stored weights, such as torch.float16; their own unless given.
     details: JSON values for a reader (training command, class names).
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     net = denoiser.net
     if not isinstance(net, nn.Module):
@@ -84,7 +84,7 @@ def save(
             tensors[f"statistics.{name}"] = value.float()
     folder = Path(folder)
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(to_bytes(tensors))
     write_text(folder / "config.json", json.dumps(config, indent=1))
 
 
