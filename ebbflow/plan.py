@@ -65,8 +65,11 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         validate(self.schedule, self.start, self.stages)
-        program = tuple(compile_stage(stage, self.registers) for stage in self.stages)
-        object.__setattr__(self, "_program", program)
+        programs = {
+            dtype: tuple(compile_stage(stage, self.registers, dtype) for stage in self.stages)
+            for dtype in (torch.float32, torch.float64)
+        }
+        object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_watched", watch(self.stages))
 
     @property
@@ -103,9 +106,10 @@ class Plan:
         seed, first_index: of the noise of stochastic plans; row i is sample first_index + i.
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
+        start = self._initial(denoiser, x_init)
         registers: Any = None
-        for step in self.execute(denoiser, x_init, seed, first_index, **condition):
-            registers = step.registers
+        for step in self._loop(denoiser, start, seed, first_index, condition):
+            registers = step[1]
         return registers if isinstance(x_init, tuple) else registers[0]
 
     def execute(
@@ -117,8 +121,8 @@ class Plan:
         **condition: Any,
     ) -> Iterator[Step]:
         """Run, yielding after each stage; its loop is the library's one multiply-add loop."""
-        registers = self._initial(denoiser, x_init)
-        return self._loop(denoiser, registers, seed, first_index, condition, inspect=False)
+        start = self._initial(denoiser, x_init)
+        return map(Step._make, self._loop(denoiser, start, seed, first_index, condition))
 
     def _loop(
         self,
@@ -127,45 +131,47 @@ class Plan:
         seed: int,
         first_index: int,
         condition: Mapping[str, Any],
-        inspect: bool,
-    ) -> Iterator[Step]:
-        like = start[0]
-        indices = range(first_index, first_index + len(like))
-        calls = denoiser.prepare(tuple(stage.time for stage in self.stages), like)
+        inspect: bool = False,
+    ) -> Iterator[tuple[int, tuple[Any, ...], Tensor]]:
+        x = start[0]
+        indices = range(first_index, first_index + len(x))
+        calls = denoiser.prepare(tuple(stage.time for stage in self.stages), x)
         watched: Mapping[int, tuple[int, ...]] = self.__dict__["_watched"]
-        registers: tuple[Any, ...] = start
-        doubt: Tensor | float = 0.0
-        looked = time.monotonic()
+        plain = torch._C._functorch.maybe_current_level() is None  # pyright: ignore
+        # One list is the machine: the registers, then X, D, Z and 1. Nothing else keeps a tensor,
+        # so that memory is used again while the processor's cache still holds it.
+        values: list[Any] = [*start, None, None, None, 1.0]
+        X, D, Z = range(len(start), len(start) + 3)
+        sums: list[Tensor] = []
+        last, looked = self.nfe - 1, time.monotonic()
         if inspect:
-            _require_finite(like, f"x_init, the state at t = {self.start:g},")
-        for k, (query, update, draws) in enumerate(self.__dict__["_program"]):
-            z = None
+            _require_finite(x, f"x_init, the state at t = {self.start:g},")
+        for k, (query, update, draws) in enumerate(self.__dict__["_programs"][x.dtype]):
             if draws:
-                z = noise.normal(seed, indices, k + 1, like.shape[1:], like.dtype, like.device)
-            x = combine(query, (*registers, None, None, z, 1.0))
-            d = calls[k](x, **condition)
-            values = (*registers, x, d, z, 1.0)
-            registers = tuple([combine(row, values) for row in update])
+                values[Z] = noise.normal(seed, indices, k + 1, x.shape[1:], x.dtype, x.device)
+            values[X] = combine(query, values, plain)
+            values[D] = calls[k](values[X], **condition)
+            values[:X] = [combine(row, values, plain) for row in update]
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
-                _require_finite(d, f"the prediction {where}")
-                for register in registers:
+                _require_finite(values[D], f"the prediction {where}")
+                for register in values[:X]:
                     _require_finite(register, f"the state {where}")
             else:
                 # A number that is not finite cannot leave a linear machine by itself, so a few
                 # sums, placed by `watch`, see every prediction; they are read seldom.
-                for i in watched.get(k, ()):
-                    doubt = doubt + registers[i].sum()
-                now = time.monotonic()
-                if now - looked > 3 or k == self.nfe - 1:
-                    looked = now
-                    if registers[0] is not None and k < self.nfe - 1:
-                        doubt = doubt + registers[0].sum()
-                    if not math.isfinite(_read(doubt)):
+                if k in watched:
+                    sums += [values[i].sum() for i in watched[k]]
+                if k == last or time.monotonic() - looked > 3:
+                    if values[0] is not None and k < last:
+                        sums.append(values[0].sum())
+                    # Inside a transform of torch.func, numbers cannot be read.
+                    if plain and not all(math.isfinite(value.item()) for value in sums):
                         for _ in self._loop(denoiser, start, seed, first_index, condition, True):
                             pass
-                    doubt = 0.0
-            yield Step(k, registers, d)
+                    sums, looked = [], time.monotonic()
+            yield k, tuple(values[:X]), values[D]
+            values[X] = values[D] = values[Z] = None
 
     def _initial(
         self, denoiser: Denoiser, x_init: Tensor | tuple[Tensor, ...]
@@ -286,15 +292,6 @@ def _exact_keys(config: Any, keys: set[str], what: str) -> None:
             f"{what} has keys {sorted(found)}, it needs {sorted(keys)}: "
             f"missing {sorted(keys - found)}, unknown {sorted(found - keys)}"
         )
-
-
-def _read(value: Tensor | float) -> float:
-    """The number on the device; inside vmap, where it cannot be read, a finite one."""
-    if not isinstance(value, Tensor):
-        return value
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore
-        return 0.0
-    return float(value.detach())
 
 
 def _require_finite(x: Tensor | None, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ebbflow.denoiser import factor
 from ebbflow.grids import given
 from ebbflow.schedules import Schedule
 
@@ -87,11 +88,15 @@ def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str)
         raise ValueError(f"{where}: a row needs more than the constant")
 
 
-Terms = tuple[tuple[int, float], ...]
+Terms = tuple[tuple[int, Any], ...]
+"""(slot, coefficient) pairs: the first coefficient as `factor` gives it, the others numbers."""
+
+Rows = tuple[Terms, tuple[Terms, ...], bool]
+"""A query, the updates, and whether they draw noise."""
 
 
-def compile_stage(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...], bool]:
-    """Rows as (slot, coefficient) pairs, a unit coefficient first and the constant last."""
+def compile_stage(stage: Stage, registers: int, dtype: torch.dtype) -> Rows:
+    """The rows for a state of this dtype, a unit coefficient first and the constant last."""
     slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": registers + 3}
     slots |= {f"x{i}": i for i in range(registers)}
 
@@ -100,22 +105,28 @@ def compile_stage(stage: Stage, registers: int) -> tuple[Terms, tuple[Terms, ...
         if row and all(slot == slots["1"] for slot, _ in kept):
             # Nothing but a number is left: a term of zero gives it a shape.
             kept.append((slots[next(name for name in row if name != "1")], 0.0))
-        return tuple(sorted(kept, key=lambda term: (term[0] == slots["1"], term[1] != 1.0)))
+        kept.sort(key=lambda term: (term[0] == slots["1"], term[1] != 1.0))
+        return tuple((slot, c if i else factor(c, dtype)) for i, (slot, c) in enumerate(kept))
 
     rows = (terms(stage.query), *map(terms, stage.update))
     return rows[0], rows[1:], any(slot == slots["Z"] for row in rows for slot, _ in row)
 
 
-def combine(terms: Terms, values: tuple[Any, ...]) -> Any:
-    """The linear form of these values, None for an empty row."""
+def combine(terms: Terms, values: Sequence[Any], in_place: bool) -> Any:
+    """The linear form of these values, None for an empty row.
+
+    in_place: add to tensors that were made here instead of making more. The same bits, in less
+    time and memory, but `torch.func` cannot add its own tensors to a plain one.
+    """
     if not terms:
         return None
-    slot, coefficient = terms[0]
-    total = values[slot]
-    if coefficient != 1.0:
-        total = total * coefficient
+    slot, first = terms[0]
+    total = values[slot] if first is None else values[slot] * first
+    own = in_place and first is not None
     for slot, coefficient in terms[1:]:
-        total = torch.add(total, values[slot], alpha=coefficient)
+        add = total.add_ if own else total.add
+        total = add(values[slot], alpha=coefficient)
+        own = in_place
     return total
 
 
