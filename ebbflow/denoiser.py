@@ -291,7 +291,7 @@ class Denoiser(nn.Module):
 
 def require_known(what: str, value: str, known: Mapping[str, Any]) -> None:
     """Raise ValueError naming the nearest known value unless `value` is one."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         near = get_close_matches(str(value), list(known), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown {what} {value!r}; {hint}known: {', '.join(known)}")

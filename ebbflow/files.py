@@ -1,11 +1,14 @@
-"""Files that are either complete or absent."""
+"""Files that are either complete or absent, and JSON that is what it should be."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -29,3 +32,31 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError, naming the file, for any other content."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, expected an object")
+    return config
+
+
+def exact_keys(config: Any, keys: Collection[str], where: str, optional: bool = False) -> None:
+    """Raise ValueError unless `config` has these keys and no others.
+
+    An unknown key comes with the nearest known one; `optional` keys may be missing.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where} is {config!r:.40}, expected an object with {sorted(keys)}")
+    for key in config:
+        if key not in keys:
+            near = get_close_matches(str(key), keys, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown key {key!r}{hint} (known: {sorted(keys)})")
+    missing = sorted(set(keys) - set(config))
+    if missing and not optional:
+        raise ValueError(f"{where}: missing {missing}")

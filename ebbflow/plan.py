@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
-from ebbflow.files import write_text
+from ebbflow.files import exact_keys, read_json, write_text
 from ebbflow.rows import Row as Row
 from ebbflow.rows import Stage, combine, compile_stage, validate, watch
 from ebbflow.schedules import Schedule, from_config
@@ -261,13 +261,15 @@ class Plan:
             raise ValueError("this is no plan: the key 'format' must be 'ebbflow-plan'")
         if config.get("version") != 1:
             raise ValueError(f"plan version {config.get('version')!r}: this release reads 1")
-        _exact_keys(config, {"format", "version", "schedule", "start", "stages", "origin"}, "plan")
+        keys = ("format", "version", "schedule", "start", "stages", "origin")
+        exact_keys(config, keys, "plan")
         stages = []
-        for stage in config["stages"]:
-            _exact_keys(stage, {"time", "query", "update", "node"}, "stage")
-            stages.append(
-                Stage(stage["time"], stage["query"], tuple(stage["update"]), stage["node"])
-            )
+        for stage in _list(config["stages"], "stages"):
+            exact_keys(stage, ("time", "query", "update", "node"), "stage")
+            update = tuple(_list(stage["update"], "update"))
+            stages.append(Stage(stage["time"], stage["query"], update, stage["node"]))
+        if not isinstance(config["origin"], Mapping):
+            raise ValueError(f"origin is {config['origin']!r:.40}, expected an object")
         schedule = from_config(config["schedule"])
         return Plan(schedule, config["start"], tuple(stages), config["origin"])
 
@@ -278,20 +280,13 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan that `save` wrote; raises ValueError for any other content."""
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        return Plan.from_config(config)
+        return Plan.from_config(read_json(path))
 
 
-def _exact_keys(config: Any, keys: set[str], what: str) -> None:
-    found = set(config) if isinstance(config, Mapping) else set()
-    if found != keys:
-        raise ValueError(
-            f"{what} has keys {sorted(found)}, it needs {sorted(keys)}: "
-            f"missing {sorted(keys - found)}, unknown {sorted(found - keys)}"
-        )
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what} is {value!r:.40}, expected a list")
+    return value
 
 
 def _require_finite(x: Tensor | None, what: str) -> None:

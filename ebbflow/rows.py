@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
             )
         _check_row(stage.query, held | {"Z", "1"}, every, f"{where}, query")
         for i, row in enumerate(stage.update):
-            if row:
+            if row != {}:
                 _check_row(row, held | {"X", "D", "Z", "1"}, every, f"{where}, register {i}")
         held = {f"x{i}" for i, row in enumerate(stage.update) if row}
         if stage.node is not None and (not _is_time(stage.node) or "x0" not in held):
@@ -74,15 +74,15 @@ def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
 
 
 def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str) -> None:
-    if not row:
-        raise ValueError(f"{where}: the row is empty")
+    if not isinstance(row, Mapping) or not row:
+        raise ValueError(f"{where}: the row is {row!r:.40}, expected names with coefficients")
     for name, value in row.items():
         if name not in names:
             why = "is empty there" if name in registers else "is not a name there"
             raise ValueError(f"{where}: {name!r} {why}; the row may use {sorted(names)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not a number")
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not finite")
     if set(row) == {"1"}:
         raise ValueError(f"{where}: a row needs more than the constant")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ebbflow.files import exact_keys
 
 TimeLike = float | Tensor
 
@@ -323,15 +324,13 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
     Raises ValueError for an unknown name or key, naming the nearest one.
     """
-    values = dict(config)
-    name = values.pop("name", None)
     kinds = known()
-    if name not in kinds:
-        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(kinds)}")
-    keys = [field.name for field in fields(kinds[name])]
-    for key in values:
-        if key not in keys:
-            near = get_close_matches(str(key), keys, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"schedule {name} has no setting {key!r}{hint} (it has: {keys})")
-    return kinds[name](**values)
+    name = config.get("name") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"unknown schedule {config!r:.80}; known: {', '.join(kinds)}")
+    values = {key: value for key, value in config.items() if key != "name"}
+    exact_keys(values, [f.name for f in fields(kinds[name])], f"schedule {name}", optional=True)
+    try:
+        return kinds[name](**values)
+    except TypeError as error:
+        raise ValueError(f"schedule {name}: {error}") from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ebbflow import networks, schedules
 from ebbflow.denoiser import Denoiser
-from ebbflow.files import replacing, write_text
+from ebbflow.files import exact_keys, read_json, replacing, write_text
 from ebbflow.statistics import Statistics
 
 FORMAT = "ebbflow-denoiser"
@@ -37,7 +37,7 @@ BUNDLED = Path(__file__).parent / "models"
 def bundled() -> list[str]:
     """Names of the models inside the package, for `load`."""
     folders = sorted(path.parent for path in BUNDLED.glob("*/config.json"))
-    return [f.name for f in folders if _read(f / "config.json").get("format") == FORMAT]
+    return [f.name for f in folders if read_json(f / "config.json").get("format") == FORMAT]
 
 
 def save(
@@ -74,7 +74,7 @@ def save(
     }
 
     def stored(value: Tensor) -> Tensor:
-        value = value.detach().cpu().contiguous()
+        value = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # tied weights
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     tensors = {f"net.{name}": stored(value) for name, value in net.state_dict().items()}
@@ -103,43 +103,36 @@ def load(model: str | Path, net: Callable[..., Tensor] | None = None) -> Denoise
             f"no model at {str(model)!r}: neither a folder with config.json nor one of "
             f"{bundled()}{hint}"
         )
-    config = _read(folder / "config.json")
-    if config.get("format") != FORMAT or config.get("version") != 1:
+    path = folder / "config.json"
+    config = read_json(path)
+    if (config.get("format"), config.get("version")) != (FORMAT, 1):
         raise ValueError(
-            f"{folder / 'config.json'}: format {config.get('format')!r}, version "
-            f"{config.get('version')!r}; this release reads {FORMAT!r}, version 1"
+            f"{path}: format {config.get('format')!r}, version {config.get('version')!r}; "
+            f"this release reads {FORMAT!r}, version 1"
         )
-    for key in config:
-        if key not in KEYS:
-            near = get_close_matches(key, KEYS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{folder / 'config.json'}: unknown key {key!r}{hint}")
-    missing = [key for key in KEYS if key not in config]
-    if missing:
-        raise ValueError(f"{folder / 'config.json'}: missing {missing}")
+    exact_keys(config, KEYS, str(path))
+    shape = config["shape"]
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if shape is not None and not whole:
+        raise ValueError(f"{path}: shape {shape!r:.40} is no list of positive integers")
     tensors = _tensors(folder / "model.safetensors")
-    module = _network(config["network"]) if net is None else net
-    _fill(module, {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}, folder)
+    weights = {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
+    module = _network(config["network"], weights, folder) if net is None else net
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"net must be an nn.Module to take weights, got {type(module).__name__}")
+    _check_fit(module, weights, folder)
+    module.load_state_dict(weights)
+    module.eval()
     stored = {k[11:]: v for k, v in tensors.items() if k.startswith("statistics.")}
     return Denoiser(
         module,
         schedules.from_config(config["schedule"]),
         config["prediction"],
-        None if config["shape"] is None else tuple(config["shape"]),
+        shape,
         Statistics.from_tensors(stored) if stored else None,
         config["time"],
         config["sigma_data"],
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, expected an object")
-    return config
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -157,23 +150,24 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _network(config: Any) -> nn.Module:
+def _network(config: Any, weights: Mapping[str, Tensor], folder: Path) -> nn.Module:
     known = networks.known()
     name = config.get("name") if isinstance(config, dict) else None
-    if name not in known or config.get("config") is None:
+    arguments = config.get("config") if isinstance(config, dict) else None
+    if not isinstance(name, str) or name not in known or arguments is None:
         raise ValueError(
             f"the network {name!r} is not one of {sorted(known)}: pass an instance, "
             "ef.load(folder, net=…)"
         )
     try:
-        return known[name](**config["config"])
-    except TypeError as error:
-        raise ValueError(f"network {name}: {error}") from error
+        with torch.device("meta"):  # its shapes are checked before any memory is taken
+            _check_fit(known[name](**arguments), weights, folder)
+        return known[name](**arguments)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"network {name} of {arguments!r:.80}: {error}") from error
 
 
-def _fill(module: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"net must be an nn.Module to take weights, got {type(module).__name__}")
+def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
@@ -187,5 +181,3 @@ def _fill(module: Any, weights: dict[str, Tensor], folder: Path) -> None:
                 f"{folder}: {name} has shape {tuple(weights[name].shape)}, the network needs "
                 f"{tuple(value.shape)}"
             )
-    module.load_state_dict(weights)
-    module.eval()

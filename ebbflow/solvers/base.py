@@ -108,8 +108,9 @@ class Solver:
         """The name and the parameters, for the plan's record."""
         facts = {field.name for field in fields(Solver)}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in facts}
-        numbers = {k: v for k, v in own.items() if isinstance(v, int | float | str | bool)}
-        return {"solver": self.name, **numbers}
+        # An infinite bound is no bound, and no JSON either.
+        kept = {k: v for k, v in own.items() if isinstance(v, int | float | str) and v != math.inf}
+        return {"solver": self.name, **kept}
 
     def largest(self, schedule: Schedule, nfe: int, statistics: Statistics | None = None) -> Plan:
         """The plan with the most steps whose calls fit the budget `nfe`."""
