@@ -145,7 +145,7 @@ class Plan:
         sums: list[Tensor] = []
         last, looked = self.nfe - 1, time.monotonic()
         if inspect:
-            _require_finite(x, f"x_init, the state at t = {self.start:g},")
+            require_finite(x, f"x_init, the state at t = {self.start:g},")
         for k, (query, update, draws) in enumerate(self.__dict__["_programs"][x.dtype]):
             if draws:
                 values[Z] = noise.normal(seed, indices, k + 1, x.shape[1:], x.dtype, x.device)
@@ -154,9 +154,9 @@ class Plan:
             values[:X] = [combine(row, values, plain) for row in update]
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
-                _require_finite(values[D], f"the prediction {where}")
+                require_finite(values[D], f"the prediction {where}")
                 for register in values[:X]:
-                    _require_finite(register, f"the state {where}")
+                    require_finite(register, f"the state {where}")
             else:
                 # A number that is not finite cannot leave a linear machine by itself, so a few
                 # sums, placed by `watch`, see every prediction; they are read seldom.
@@ -289,8 +289,9 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _require_finite(x: Tensor | None, what: str) -> None:
-    if x is None:
+def require_finite(x: Tensor | None, what: str) -> None:
+    """Raise NonFinite, with the share of bad elements; inside torch.func numbers go unread."""
+    if x is None or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
         return
     bad = 1 - torch.isfinite(x).double().mean().item()
     if bad > 0:

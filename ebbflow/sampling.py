@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser
-from ebbflow.plan import Plan
+from ebbflow.plan import Plan, require_finite
 from ebbflow.progress import bar
 from ebbflow.solvers import Solver
 
@@ -196,6 +196,7 @@ class _Job:
             assert state is not None
             if t == last and self.extra:
                 prediction = state = self.denoiser.at(t, state)(state, **condition)
+                require_finite(state, f"the prediction at t = {t:g} that removes the last noise")
             yield Point(t, state[chunk.keep], prediction[chunk.keep])
 
     def _prior(self, chunk: _Chunk) -> Tensor:
