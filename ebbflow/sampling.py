@@ -129,7 +129,10 @@ def trajectory(
     """Iterate over (time, state, prediction) at the nodes after the first; see `sample`."""
     job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
-    runs = [job.run(chunk) for chunk in job.chunks(batch)]
+    return _together(job, [job.run(chunk) for chunk in job.chunks(batch)])
+
+
+def _together(job: _Job, runs: list[Iterator[Point]]) -> Iterator[Point]:
     while True:
         # Entered at each step, so that the caller's own gradient mode holds in between.
         with job.mode():
@@ -225,7 +228,7 @@ def _prepare(
     gradient: str | None,
     condition: dict[str, Any],
 ) -> _Job:
-    shape = tuple(int(n) for n in shape)
+    shape = tuple(torch.Size(shape))
     if len(shape) < 2 or shape[0] < 1:
         raise ValueError(f"shape must be (batch, *sample) with a batch of at least 1, got {shape}")
     if denoiser.shape is not None and shape[1:] != denoiser.shape:
