@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ebbflow.schedules import Betas, Schedule, TimeLike, along, as_time
+from ebbflow.schedules import Betas, Schedule, TimeLike, along, as_time, readable
 
 if TYPE_CHECKING:
     from ebbflow.statistics import Statistics
@@ -107,7 +107,7 @@ def convert(
     r, s, scale = PREDICTIONS[source](schedule, t, sigma_data)
     r_target, s_target, scale_target = PREDICTIONS[target](schedule, t, sigma_data)
     determinant = (alpha * s - sigma * r) * scale_target
-    if bool((determinant == 0).any()):
+    if readable(determinant) and bool((determinant == 0).any()):
         bad = t[determinant == 0].flatten()[0]
         alpha, sigma = schedule.alpha(bad), schedule.sigma(bad)
         works = []
@@ -303,13 +303,17 @@ def _dtype(net: Any) -> torch.dtype | None:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
 
 
-def factor(value: float, dtype: torch.dtype) -> Tensor | None:
+def factor(value: float, dtype: torch.dtype) -> Tensor | float | None:
     """`value` in the form by which torch multiplies fastest, or None for one.
 
     A tensor without dimensions takes half the time that a Python number takes, to the same bits.
     """
+    if value == 1.0:
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
+        return value  # a tensor made inside a transform of torch.func would belong to it
     with torch.inference_mode(False):
-        return None if value == 1.0 else torch.tensor(value, dtype=dtype, device="cpu")
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=256)
@@ -321,7 +325,7 @@ def _numbers(
     sigma_data: float | None,
     clock: str,
     dtype: torch.dtype,
-) -> tuple[list[tuple[float | None, Tensor | None, Tensor | None]], list[float]]:
+) -> tuple[list[tuple[Any, Any, Any]], list[float]]:
     """((a, b, input scale), clock) at each time, None where there is nothing to do; the same for
     every run of a plan."""
     t = as_time(torch.tensor(times, dtype=torch.float64))

@@ -23,12 +23,18 @@ TimeLike = float | Tensor
 def as_time(t: TimeLike) -> Tensor:
     """`t` as a float64 tensor; raises ValueError for values outside [0, 1]."""
     t = torch.as_tensor(t, dtype=torch.float64)
-    # Inside vmap the values cannot be read; the caller checked them outside.
-    batched = torch._C._functorch.is_batchedtensor(t)  # pyright: ignore[reportAttributeAccessIssue]
-    if not batched and not bool(((t >= 0) & (t <= 1)).all()):
+    if readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
         bad = t.detach()[~((t >= 0) & (t <= 1))].flatten()[0].item()
         raise ValueError(f"time {bad:g} lies outside [0, 1]; 0 is data and 1 is noise")
     return t
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the numbers can be looked at: inside vmap they cannot; check them outside."""
+    inside = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while inside.is_functorch_wrapped_tensor(x) and not inside.is_batchedtensor(x):
+        x = inside.get_unwrapped(x)
+    return not inside.is_batchedtensor(x)
 
 
 def along(values: Tensor, x: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ class Schedule:
         value = torch.as_tensor(log_snr, dtype=torch.float64)
         t = self._invert(value)
         slack = 1e-9  # round-off of the two transcendental maps at the ends
-        if not bool(((t >= -slack) & (t <= 1 + slack)).all()):
+        if readable(t) and not bool(((t >= -slack) & (t <= 1 + slack)).all()):
             low, high = self.log_snr(1.0).item(), self.log_snr(0.0).item()
             bad = value[~((t >= -slack) & (t <= 1 + slack))].flatten()[0].item()
             raise ValueError(
@@ -268,7 +274,7 @@ class Betas(Schedule):
         position = t * steps  # the knots lie at positions 1 .. T
         starts = position < 1 if steps > 1 else torch.ones_like(t, dtype=torch.bool)
         left = position.detach().floor().clamp(1, max(steps - 1, 1)).long()
-        low, high = knots[left - 1], knots[left.clamp(max=steps - 1)]
+        low, high = knots.take(left - 1), knots.take(left.clamp(max=steps - 1))
         falls = torch.isinf(high) & ~starts
         share = position - left
         noise_to_signal = torch.exp(-knots[0]) * position
@@ -307,7 +313,7 @@ class Betas(Schedule):
         if steps == 1:
             return first
         right = torch.searchsorted(-knots, -log_snr.contiguous()).clamp(1, steps - 1)
-        low, high = knots[right - 1], knots[right]
+        low, high = knots.take(right - 1), knots.take(right)
         inside = (log_snr - low) / (torch.where(torch.isinf(high), low - 1, high) - low)
         falling = -torch.expm1(0.5 * (log_snr - low))
         share = torch.where(torch.isinf(high), falling, inside)
