@@ -123,6 +123,10 @@ def _derivative(function: Any, t: Tensor) -> Tensor:
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
+def _entry(table: Tensor, index: Tensor) -> Tensor:
+    return table[index[None]][0]  # an index without dimensions would be read, and vmap forbids it
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -274,7 +278,7 @@ class Betas(Schedule):
         position = t * steps  # the knots lie at positions 1 .. T
         starts = position < 1 if steps > 1 else torch.ones_like(t, dtype=torch.bool)
         left = position.detach().floor().clamp(1, max(steps - 1, 1)).long()
-        low, high = knots.take(left - 1), knots.take(left.clamp(max=steps - 1))
+        low, high = _entry(knots, left - 1), _entry(knots, left.clamp(max=steps - 1))
         falls = torch.isinf(high) & ~starts
         share = position - left
         noise_to_signal = torch.exp(-knots[0]) * position
@@ -313,7 +317,7 @@ class Betas(Schedule):
         if steps == 1:
             return first
         right = torch.searchsorted(-knots, -log_snr.contiguous()).clamp(1, steps - 1)
-        low, high = knots.take(right - 1), knots.take(right)
+        low, high = _entry(knots, right - 1), _entry(knots, right)
         inside = (log_snr - low) / (torch.where(torch.isinf(high), low - 1, high) - low)
         falling = -torch.expm1(0.5 * (log_snr - low))
         share = torch.where(torch.isinf(high), falling, inside)
