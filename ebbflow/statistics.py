@@ -146,7 +146,10 @@ class Statistics:
     def exact(mean: Tensor, covariance: Tensor) -> Statistics:
         """Statistics of a known mean (*shape) and covariance (d, d)."""
         variance, basis = torch.linalg.eigh(covariance.double())
-        return Statistics(mean.double(), variance.clamp(min=0), basis)
+        rounded = variance.abs() < 1e-6 * variance.abs().max()
+        return Statistics(
+            mean.double(), torch.where(rounded, variance.clamp(min=0), variance), basis
+        )
 
     def given(self, **condition: Any) -> Statistics:
         """The statistics of one class, `given(label=3)`; or else the pooled ones."""
