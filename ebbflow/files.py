@@ -60,3 +60,10 @@ def exact_keys(config: Any, keys: Collection[str], where: str, optional: bool = 
     missing = sorted(set(keys) - set(config))
     if missing and not optional:
         raise ValueError(f"{where}: missing {missing}")
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """`value` itself; raises ValueError unless it is a list."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {value!r:.40}, expected a list")
+    return value

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
-from ebbflow.files import exact_keys, read_json, write_text
+from ebbflow.files import as_list, exact_keys, read_json, write_text
 from ebbflow.rows import Row as Row
 from ebbflow.rows import Stage, combine, compile_stage, validate, watch
 from ebbflow.schedules import Schedule, from_config
@@ -264,9 +264,9 @@ class Plan:
         keys = ("format", "version", "schedule", "start", "stages", "origin")
         exact_keys(config, keys, "plan")
         stages = []
-        for stage in _list(config["stages"], "stages"):
+        for stage in as_list(config["stages"], "stages"):
             exact_keys(stage, ("time", "query", "update", "node"), "stage")
-            update = tuple(_list(stage["update"], "update"))
+            update = tuple(as_list(stage["update"], "update"))
             stages.append(Stage(stage["time"], stage["query"], update, stage["node"]))
         if not isinstance(config["origin"], Mapping):
             raise ValueError(f"origin is {config['origin']!r:.40}, expected an object")
@@ -281,12 +281,6 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read a plan that `save` wrote; raises ValueError for any other content."""
         return Plan.from_config(read_json(path))
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{what} is {value!r:.40}, expected a list")
-    return value
 
 
 def require_finite(x: Tensor | None, what: str) -> None:

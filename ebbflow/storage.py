@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ebbflow import networks, schedules
 from ebbflow.denoiser import Denoiser
-from ebbflow.files import exact_keys, read_json, replacing, write_text
+from ebbflow.files import as_list, exact_keys, read_json, replacing, write_text
 from ebbflow.statistics import Statistics
 
 FORMAT = "ebbflow-denoiser"
@@ -112,8 +112,7 @@ def load(model: str | Path, net: Callable[..., Tensor] | None = None) -> Denoise
         )
     exact_keys(config, KEYS, str(path))
     shape = config["shape"]
-    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    if shape is not None and not whole:
+    if shape is not None and not all(type(n) is int and n > 0 for n in as_list(shape, "shape")):
         raise ValueError(f"{path}: shape {shape!r:.40} is no list of positive integers")
     tensors = _tensors(folder / "model.safetensors")
     weights = {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
