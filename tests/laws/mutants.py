@@ -65,9 +65,11 @@ def scaled(plan: Plan, site: Site, factor: float, stage: int | None = None) -> P
 def histories_swapped(plan: Plan) -> Plan | None:
     """The two newest predictions change places in the state's row; None without a history."""
 
+    histories = _histories(plan)
+
     def change(stage: Stage) -> Stage:
         row = stage.update[0]
-        names = [name for name in row if name == "D" or name in _histories(plan)]
+        names = [name for name in row if name == "D" or name in histories]
         if len(names) < 2:
             return stage
         first, second = names[:2]

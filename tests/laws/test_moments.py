@@ -121,20 +121,23 @@ def test_the_moments_of_a_mutant_are_others(name: str, monkeypatch: pytest.Monke
         assert moved.abs().max() > 1e-6, mutant.name
 
 
+def z_scores(end: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Of the mean and the covariance of normal samples (n, d)."""
+    n, variance = len(end), covariance.diagonal()
+    of_mean = (end.mean(0) - mean) / (variance / n).sqrt()
+    error = ((variance[:, None] * variance + covariance**2) / n).sqrt()
+    return torch.cat([of_mean, ((torch.cov(end.T) - covariance) / error).flatten()])
+
+
 def scores(plan: Plan, n: int = 6000) -> Tensor:
-    """z-scores of the mean and covariance of one Monte Carlo run against the propagated ones."""
+    """z-scores of one Monte Carlo run from the process' own law against the propagated moments."""
     schedule = plan.schedule
     random = torch.Generator().manual_seed(7)
     z = torch.randn(2, n, 2, generator=random, dtype=torch.float64)
     x0 = MEAN + z[0] @ torch.linalg.cholesky(COVARIANCE).T
     start = schedule.add_noise(x0, plan.start, z[1])
     end = plan.run(cases.oracle("gaussian").denoiser(schedule), start, seed=11)
-    mean, covariance = plan.moments(MEAN, COVARIANCE)
-    variance = covariance.diagonal()
-    of_mean = (end.mean(0) - mean) / (variance / n).sqrt()
-    error = ((variance[:, None] * variance + covariance**2) / n).sqrt()
-    of_covariance = (torch.cov(end.T) - covariance) / error
-    return torch.cat([of_mean, of_covariance.flatten()])
+    return z_scores(end, *plan.moments(MEAN, COVARIANCE))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -168,6 +171,45 @@ def test_wrong_noise_is_seen(name: str, wrong: Callable, monkeypatch: pytest.Mon
     plan = cases.maker(SOLVERS[name])(SCHEDULES["VP"], cases.interior(12))
     monkeypatch.setattr("ebbflow.noise.normal", wrong(ef.noise.normal))
     assert scores(plan).abs().max() > 4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["ddim", "sde-dpm-solver++2m"])
+def test_samples_from_the_prior_have_its_moments(name: str, schedule: str) -> None:
+    """`sample` starts from N(0, sigma(1)²), whatever the law of x_1."""
+    process = SCHEDULES[schedule]
+    plan = SOLVERS[name].plan(process, 8)
+    prior = process.sigma(1.0) ** 2 * torch.eye(2, dtype=torch.float64)
+    known = plan.moments(MEAN, COVARIANCE, start=(torch.zeros(2, dtype=torch.float64), prior))
+    x = ef.sample(cases.oracle("gaussian").denoiser(process), (5000, 2), plan=plan, seed=3)
+    assert z_scores(x.double(), *known).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_mixture_is_sampled_within_the_bias_of_a_gaussian(name: str) -> None:
+    """Mean and covariance of a law that is not normal, after 80 steps from t = 0.95 to 0.05.
+
+    The allowance is four standard errors and twice the propagated bias for a Gaussian of
+    the same moments.
+    """
+    law, now = LAWS["mixture"], reference.LEVELS["VP"](0.05)
+    plan = cases.maker(SOLVERS[name])(SCHEDULES["VP"], cases.interior(80))
+    mean, covariance = (
+        now.alpha * law.mean,
+        now.alpha**2 * law.covariance + now.sigma**2 * np.eye(2),
+    )
+    told = plan.moments(cases.tensor(law.mean), cases.tensor(law.covariance))
+    x = cases.tensor(cases.start("mixture", "VP", samples=3000))
+    end = plan.run(cases.oracle("mixture").denoiser(plan.schedule), x, seed=2).numpy()
+    centred = end - mean
+    products = np.einsum("ni,nj->nij", centred, centred)
+    for found, expected, bias, spread in (
+        (end.mean(0), mean, told.mean.numpy() - mean, end.std(0)),
+        (products.mean(0), covariance, told.covariance.numpy() - covariance, products.std(0)),
+    ):
+        allowed = 4 * spread / len(end) ** 0.5 + 2 * np.abs(bias).max()
+        assert (np.abs(found - expected) < allowed).all()
+        assert np.abs(bias).max() < 0.15, "too large an allowance to mean anything"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
