@@ -89,7 +89,7 @@ def moments(
             "(d, d), or (d,) for a diagonal covariance"
         )
     variance, basis = torch.linalg.eigh(covariance)
-    centre = basis.T @ mean
+    centre, ones = basis.T @ mean, basis.sum(0)[:, None]  # the constant 1 in each direction
     alpha, sigma = plan.schedule.alpha(plan.start), plan.schedule.sigma(plan.start)
     if start is None:
         first, spread = alpha * centre, torch.diag(alpha**2 * variance + sigma**2)
@@ -113,7 +113,7 @@ def moments(
         through = on_x + slope[k][:, None] * on_d  # (d, m): what each register takes from X
         matrix = update[:, :m] + through[:, :, None] * query[:m]
         fresh = on_z + through * query[m + 2]
-        constant = on_1 + through * query[m + 3] + offset[k][:, None] * on_d
+        constant = ones * (on_1 + through * query[m + 3]) + offset[k][:, None] * on_d
         gain = (matrix @ gain[:, :, None])[:, :, 0]
         shift = (matrix @ shift[:, :, None])[:, :, 0] + constant
         noise = matrix @ noise @ matrix.transpose(1, 2) + fresh[:, :, None] * fresh[:, None, :]
