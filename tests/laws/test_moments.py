@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
 import ebbflow as ef
@@ -16,6 +17,7 @@ from ebbflow.plan import Plan
 from tests.laws import cases, mutants, reference
 from tests.laws.cases import DETERMINISTIC, LAWS, SCHEDULES, SOLVERS, STOCHASTIC, Maker
 from tests.laws.mutants import Mutant
+from tests.laws.test_machine import machines
 from tests.laws.test_order import STEPS, slope
 
 LAW = LAWS["gaussian"]
@@ -109,6 +111,15 @@ def test_moments_are_those_of_the_machine_that_runs(
         mean, covariance = simulated_moments(plan, monkeypatch)
         torch.testing.assert_close(found.mean, mean, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(found.covariance, covariance, rtol=1e-9, atol=1e-11)
+
+
+@given(plan=machines())
+def test_any_machine_has_the_moments_of_its_runs(plan: Plan) -> None:
+    """Constants, several registers, noise in queries: what no solver uses yet."""
+    found = plan.moments(MEAN, COVARIANCE)
+    mean, covariance = simulated_moments(plan, pytest.MonkeyPatch())
+    torch.testing.assert_close(found.mean, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.covariance, covariance, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
