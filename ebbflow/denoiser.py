@@ -219,24 +219,24 @@ class Denoiser(nn.Module):
         weights = convert(self.prediction, target, self.schedule, t, self.sigma_data)
         values = (*weights, input_scale(self.prediction, self.schedule, t, self.sigma_data))
         a, b, scale = (along(value, x).to(x.device, x.dtype) for value in values)
-        clock = CLOCKS[self.time](self.schedule, t).expand(len(x))
-        call, own = self._adapter(x)
-        clock = clock.to(x.device, torch.promote_types(own, torch.float32))
+        call, clock_dtype = self._adapter(x)
+        clock = CLOCKS[self.time](self.schedule, t).expand(len(x)).to(x.device, clock_dtype)
         return partial(call, (a, b, scale), clock)
 
     def prepare(self, times: tuple[float, ...], x: Tensor, target: str = "x0") -> list[Frozen]:
         """`at` for many times, ahead of a loop."""
         self.check_input(x)
-        weights, clocks = _numbers(
-            self.prediction, target, self.schedule, times, self.sigma_data, self.time, x.dtype
-        )
-        call, own = self._adapter(x)
-        told = torch.tensor(clocks, dtype=torch.promote_types(own, torch.float32), device=x.device)
-        told = told.unsqueeze(1).expand(-1, len(x)).unbind()
-        return [partial(call, row, clock) for row, clock in zip(weights, told, strict=True)]
+        call, clock_dtype = self._adapter(x)
+        what = (self.prediction, target, self.schedule, times, self.sigma_data, self.time)
+        key = (*what, x.dtype, clock_dtype, len(x), x.device)
+        rows = (_numbers if plain() else _numbers.__wrapped__)(*key)
+        if plain() and rows[0][1]._version:  # a network has written on its clocks
+            _numbers.cache_clear()
+            rows = _numbers(*key)
+        return [partial(call, *row) for row in rows]
 
     def _adapter(self, x: Tensor) -> tuple[Callable[..., Tensor], torch.dtype]:
-        """`call((a, b, scale), clock, x, **condition)`, and the network's own dtype."""
+        """`call((a, b, scale), clock, x, **condition)`, and the dtype of its clock."""
         net, dtype = self.net, x.dtype
         own = _dtype(net) or dtype
         cast = own != dtype
@@ -254,13 +254,12 @@ class Denoiser(nn.Module):
                 )
             if output.dtype is not dtype:
                 output = output.to(dtype)
-            if b is not None:
-                output = output * b
+            output = output if b is None else output * b
             if a is None:
                 return output
             return output + a * x if isinstance(a, Tensor) else torch.add(output, x, alpha=a)
 
-        return call, own
+        return call, torch.promote_types(own, torch.float32)
 
     def forward(self, x: Tensor, t: TimeLike, **condition: Any) -> Tensor:
         """`E[x_0 | x_t]`, shape (B, *shape), at times () or (B,)."""
@@ -303,6 +302,14 @@ def _dtype(net: Any) -> torch.dtype | None:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
 
 
+def plain() -> bool:
+    """Whether a tensor made now is one to keep: inside a transform of torch.func it would belong to
+    the transform, inside torch.compile to the graph."""
+    level = torch._C._functorch.maybe_current_level()  # pyright: ignore
+    return level is None and not torch.compiler.is_compiling()
+
+
+@torch.inference_mode(False)
 def factor(value: float, dtype: torch.dtype) -> Tensor | float | None:
     """`value` in the form by which torch multiplies fastest, or None for one.
 
@@ -310,13 +317,11 @@ def factor(value: float, dtype: torch.dtype) -> Tensor | float | None:
     """
     if value == 1.0:
         return None
-    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
-        return value  # a tensor made inside a transform of torch.func would belong to it
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+    return torch.tensor(value, dtype=dtype, device="cpu") if plain() else value
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _numbers(
     source: str,
     target: str,
@@ -325,17 +330,17 @@ def _numbers(
     sigma_data: float | None,
     clock: str,
     dtype: torch.dtype,
-) -> tuple[list[tuple[Any, Any, Any]], list[float]]:
-    """((a, b, input scale), clock) at each time, None where there is nothing to do; the same for
-    every run of a plan."""
+    clock_dtype: torch.dtype,
+    batch: int,
+    device: torch.device,
+) -> list[tuple[tuple[Any, Any, Any], Tensor]]:
+    """(a, b, input scale), None where there is nothing to do, and the clock at each time."""
     t = as_time(torch.tensor(times, dtype=torch.float64))
     a, b = convert(source, target, schedule, t, sigma_data)
-    columns = (a, b, input_scale(source, schedule, t, sigma_data))
-    weights = [
-        (a or None, factor(b, dtype), factor(scale, dtype))
-        for a, b, scale in zip(*(column.tolist() for column in columns), strict=True)
-    ]
-    return weights, CLOCKS[clock](schedule, t).tolist()
+    scale = input_scale(source, schedule, t, sigma_data)
+    clocks = CLOCKS[clock](schedule, t).to(device, clock_dtype).unsqueeze(1).expand(-1, batch)
+    rows = zip(a.tolist(), b.tolist(), scale.tolist(), clocks.unbind(), strict=True)
+    return [((a or None, factor(b, dtype), factor(c, dtype)), told) for a, b, c, told in rows]
 
 
 class Wrapper(Denoiser):

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from ebbflow import noise
-from ebbflow.denoiser import Denoiser
+from ebbflow.denoiser import Denoiser, plain
 from ebbflow.files import as_list, exact_keys, read_json, write_text
 from ebbflow.rows import Row as Row
 from ebbflow.rows import Stage, combine, compile_stage, validate, watch
-from ebbflow.schedules import Schedule, from_config
+from ebbflow.schedules import Schedule, from_config, readable
 
 if TYPE_CHECKING:
     from ebbflow.algebra import Dense, Moments, Transition
@@ -65,10 +65,8 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         validate(self.schedule, self.start, self.stages)
-        programs = {
-            dtype: tuple(compile_stage(stage, self.registers, dtype) for stage in self.stages)
-            for dtype in (torch.float32, torch.float64)
-        }
+        wide = (torch.float32, torch.float64)
+        programs = {dtype: tuple(compile_stage(s, dtype) for s in self.stages) for dtype in wide}
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_watched", watch(self.stages))
 
@@ -137,9 +135,8 @@ class Plan:
         indices = range(first_index, first_index + len(x))
         calls = denoiser.prepare(tuple(stage.time for stage in self.stages), x)
         watched: Mapping[int, tuple[int, ...]] = self.__dict__["_watched"]
-        plain = torch._C._functorch.maybe_current_level() is None  # pyright: ignore
-        # One list is the machine: the registers, then X, D, Z and 1. Nothing else keeps a tensor,
-        # so that memory is used again while the processor's cache still holds it.
+        in_place = plain()
+        # The machine: the registers, X, D, Z and 1. Nothing else keeps a tensor in memory.
         values: list[Any] = [*start, None, None, None, 1.0]
         X, D, Z = range(len(start), len(start) + 3)
         sums: list[Tensor] = []
@@ -149,9 +146,9 @@ class Plan:
         for k, (query, update, draws) in enumerate(self.__dict__["_programs"][x.dtype]):
             if draws:
                 values[Z] = noise.normal(seed, indices, k + 1, x.shape[1:], x.dtype, x.device)
-            values[X] = combine(query, values, plain)
+            values[X] = combine(query, values, in_place)
             values[D] = calls[k](values[X], **condition)
-            values[:X] = [combine(row, values, plain) for row in update]
+            values[:X] = [combine(row, values, in_place) for row in update]
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
                 require_finite(values[D], f"the prediction {where}")
@@ -165,8 +162,7 @@ class Plan:
                 if k == last or time.monotonic() - looked > 3:
                     if values[0] is not None and k < last:
                         sums.append(values[0].sum())
-                    # Inside a transform of torch.func, numbers cannot be read.
-                    if plain and not all(math.isfinite(value.item()) for value in sums):
+                    if not all(math.isfinite(x.item()) for x in sums if readable(x)):
                         for _ in self._loop(denoiser, start, seed, first_index, condition, True):
                             pass
                     sums, looked = [], time.monotonic()
@@ -284,8 +280,8 @@ class Plan:
 
 
 def require_finite(x: Tensor | None, what: str) -> None:
-    """Raise NonFinite, with the share of bad elements; inside torch.func numbers go unread."""
-    if x is None or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
+    """Raise NonFinite, with the share of bad elements; inside vmap numbers cannot be read."""
+    if x is None or not readable(x):
         return
     bad = 1 - torch.isfinite(x).double().mean().item()
     if bad > 0:

@@ -95,8 +95,9 @@ Rows = tuple[Terms, tuple[Terms, ...], bool]
 """A query, the updates, and whether they draw noise."""
 
 
-def compile_stage(stage: Stage, registers: int, dtype: torch.dtype) -> Rows:
+def compile_stage(stage: Stage, dtype: torch.dtype) -> Rows:
     """The rows for a state of this dtype, a unit coefficient first and the constant last."""
+    registers = len(stage.update)
     slots = {"X": registers, "D": registers + 1, "Z": registers + 2, "1": registers + 3}
     slots |= {f"x{i}": i for i in range(registers)}
 
