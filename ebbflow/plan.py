@@ -105,10 +105,10 @@ class Plan:
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
         start = self._initial(denoiser, x_init)
-        registers: Any = None
-        for step in self._loop(denoiser, start, seed, first_index, condition):
-            registers = step[1]
-        return registers if isinstance(x_init, tuple) else registers[0]
+        end: list[Any] = []
+        for _, values in self._loop(denoiser, start, seed, first_index, condition):
+            end = values
+        return tuple(end[: len(start)]) if isinstance(x_init, tuple) else end[0]
 
     def execute(
         self,
@@ -120,7 +120,9 @@ class Plan:
     ) -> Iterator[Step]:
         """Run, yielding after each stage; its loop is the library's one multiply-add loop."""
         start = self._initial(denoiser, x_init)
-        return map(Step._make, self._loop(denoiser, start, seed, first_index, condition))
+        held = len(start)
+        loop = self._loop(denoiser, start, seed, first_index, condition)
+        return (Step(k, tuple(values[:held]), values[held + 1]) for k, values in loop)
 
     def _loop(
         self,
@@ -130,7 +132,7 @@ class Plan:
         first_index: int,
         condition: Mapping[str, Any],
         inspect: bool = False,
-    ) -> Iterator[tuple[int, tuple[Any, ...], Tensor]]:
+    ) -> Iterator[tuple[int, list[Any]]]:
         x = start[0]
         indices = range(first_index, first_index + len(x))
         calls = denoiser.prepare(tuple(stage.time for stage in self.stages), x)
@@ -166,7 +168,7 @@ class Plan:
                         for _ in self._loop(denoiser, start, seed, first_index, condition, True):
                             pass
                     sums, looked = [], time.monotonic()
-            yield k, tuple(values[:X]), values[D]
+            yield k, values
             values[X] = values[D] = values[Z] = None
 
     def _initial(
