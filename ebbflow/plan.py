@@ -105,9 +105,7 @@ class Plan:
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
         start = self._initial(denoiser, x_init)
-        end: list[Any] = []
-        for _, values in self._loop(denoiser, start, seed, first_index, condition):
-            end = values
+        *_, (_, end) = self._loop(denoiser, start, seed, first_index, condition)
         return tuple(end[: len(start)]) if isinstance(x_init, tuple) else end[0]
 
     def execute(
