@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ebbflow import solvers as solvers
     from ebbflow import training as training
     from ebbflow.denoiser import Denoiser as Denoiser
-    from ebbflow.plan import NonFinite as NonFinite
+    from ebbflow.finite import NonFinite as NonFinite
     from ebbflow.plan import Plan as Plan
     from ebbflow.plan import Stage as Stage
     from ebbflow.sampling import Result as Result
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module is its own home.
 _HOMES = {
     "Denoiser": "denoiser",
-    "NonFinite": "plan",
+    "NonFinite": "finite",
     "Plan": "plan",
     "Result": "sampling",
     "Stage": "plan",

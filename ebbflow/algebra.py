@@ -3,8 +3,9 @@ the Gaussian of one step, and its inverse. Nothing here calls a denoiser."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Dense:
     """`row = a X_0 + sum_j B_j D_j + sum_j C_j Z_j + constant`, for queries and nodes; float64.
 
     a (n,), B (n, nfe), C (n, nfe), constant (n,), over the nfe queries in order of their calls;
-    `node_*` the same over the nodes after the start, in the order of `Plan.times[1:]`.
+    `node_*` the same over the nodes after the start, in the order of `Plan.times[1:]`. A plan with
+    a basis has one such form a coordinate: a last axis more, of its shape flattened.
     """
 
     a: Tensor
@@ -45,18 +47,23 @@ class Transition(NamedTuple):
     """
 
     mean: Row
-    deviation: float
+    deviation: Any
     stage: int
 
 
 def _times(row: Row, values: dict[str, Tensor]) -> Tensor:
-    return sum((c * values[name] for name, c in row.items()), torch.zeros_like(values["1"]))
+    total = torch.zeros_like(values["1"])
+    for name, c in row.items():
+        total = total + (c.flatten() if isinstance(c, Tensor) else c) * values[name]
+    return total
 
 
 def dense(plan: Plan) -> Dense:
     """Write every query and every node of a plan in X_0, D_0 … and Z_0 …."""
     n = plan.nfe
+    coordinates = 1 if plan.basis is None else math.prod(plan.basis.shape)
     unit = torch.eye(2 * n + 2, dtype=torch.float64)  # X_0, the constant, D_0 …, Z_0 …
+    unit = unit[:, :, None].expand(-1, -1, coordinates)
     registers = {f"x{i}": unit[0] for i in range(plan.registers)}
     queries, nodes = [], []
     for k, stage in enumerate(plan.stages):
@@ -68,6 +75,7 @@ def dense(plan: Plan) -> Dense:
             nodes.append(registers["x0"])
     parts = []
     for rows in (torch.stack(queries), torch.stack(nodes)):
+        rows = rows[..., 0] if plan.basis is None else rows
         parts += [rows[:, 0], rows[:, 2 : 2 + n], rows[:, 2 + n :], rows[:, 1]]
     return Dense(*parts)
 
@@ -88,8 +96,8 @@ def moments(
             f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)}: give (d,) and "
             "(d, d), or (d,) for a diagonal covariance"
         )
-    variance, basis = torch.linalg.eigh(covariance)
-    centre, ones = basis.T @ mean, basis.sum(0)[:, None]  # the constant 1 in each direction
+    variance, basis, ones = _directions(plan, covariance)
+    centre = basis.T @ mean
     alpha, sigma = plan.schedule.alpha(plan.start), plan.schedule.sigma(plan.start)
     if start is None:
         first, spread = alpha * centre, torch.diag(alpha**2 * variance + sigma**2)
@@ -108,12 +116,12 @@ def moments(
     shift = torch.zeros(d, m, dtype=torch.float64)
     noise = torch.zeros(d, m, m, dtype=torch.float64)
     for k, rows in enumerate(table):
-        query, update = rows[0], rows[1:]
-        on_x, on_d, on_z, on_1 = update[:, m:].T
+        query, update = rows[:, :1], rows[:, 1:]
+        on_x, on_d, on_z, on_1 = update[:, :, m:].unbind(-1)
         through = on_x + slope[k][:, None] * on_d  # (d, m): what each register takes from X
-        matrix = update[:, :m] + through[:, :, None] * query[:m]
-        fresh = on_z + through * query[m + 2]
-        constant = ones * (on_1 + through * query[m + 3]) + offset[k][:, None] * on_d
+        matrix = update[:, :, :m] + through[:, :, None] * query[:, :, :m]
+        fresh = on_z + through * query[:, :, m + 2]
+        constant = ones * (on_1 + through * query[:, :, m + 3]) + offset[k][:, None] * on_d
         gain = (matrix @ gain[:, :, None])[:, :, 0]
         shift = (matrix @ shift[:, :, None])[:, :, 0] + constant
         noise = matrix @ noise @ matrix.transpose(1, 2) + fresh[:, :, None] * fresh[:, None, :]
@@ -122,13 +130,41 @@ def moments(
     return Moments(basis @ final, basis @ total @ basis.T)
 
 
+def _directions(plan: Plan, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances (d,), directions (d, d) and the constant 1 in each (d, 1): eigen-directions of the
+    covariance or, for a plan with a basis, its coordinates, in which it must be diagonal."""
+    if plan.basis is None:
+        variance, basis = torch.linalg.eigh(covariance)
+        return variance, basis, basis.sum(0)[:, None]
+    d = len(covariance)
+    unit = torch.eye(d, dtype=torch.float64).reshape(d, *plan.basis.shape)
+    basis = plan.basis.inverse(unit, unit.shape).reshape(d, d).T
+    turned = basis.T @ covariance @ basis
+    variance = turned.diagonal()
+    if (turned - torch.diag(variance)).abs().max() > 1e-9 * turned.abs().max():
+        raise ValueError(
+            "the covariance is not diagonal in the plan's basis: its directions are coupled; "
+            "compile the solver with the statistics of this law"
+        )
+    return variance, basis, torch.ones(d, 1, dtype=torch.float64)
+
+
 def _table(plan: Plan) -> Tensor:
-    """(nfe, 1 + registers, registers + 4): the query and the update rows of each stage, over the
-    registers, X, D, Z and 1."""
+    """(nfe, c, 1 + registers, registers + 4): the query and the update rows of each stage, over the
+    registers, X, D, Z and 1; c is 1 or, in a basis, the number of coordinates."""
     names = [*(f"x{i}" for i in range(plan.registers)), "X", "D", "Z", "1"]
-    rows = [[stage.query, *stage.update] for stage in plan.stages]
-    values = [[[row.get(name, 0.0) for name in names] for row in stage] for stage in rows]
-    return torch.tensor(values, dtype=torch.float64)
+    c = 1 if plan.basis is None else math.prod(plan.basis.shape)
+    table = torch.zeros(plan.nfe, c, 1 + plan.registers, len(names), dtype=torch.float64)
+    for k, stage in enumerate(plan.stages):
+        for i, row in enumerate([stage.query, *stage.update]):
+            for name, v in row.items():
+                value = v.flatten() if isinstance(v, Tensor) else v
+                table[k, :, i, names.index(name)] = value
+    return table
+
+
+def _draws(row: Row) -> bool:
+    return bool(torch.as_tensor(row.get("Z", 0.0)).any())
 
 
 def transition(plan: Plan, step: int) -> Transition:
@@ -140,7 +176,7 @@ def transition(plan: Plan, step: int) -> Transition:
     first = ends[step - 1] + 1 if step else 0
     for k in range(first, last + 1):
         early = [plan.stages[k].query] + ([] if k == last else list(plan.stages[k].update))
-        if any(row.get("Z", 0) != 0 for row in early):
+        if any(_draws(row) for row in early):
             raise ValueError(
                 f"step {step} draws noise before its last call (stage {k}): given the state its "
                 "end is not Gaussian"
@@ -156,12 +192,14 @@ def reverse(plan: Plan) -> Plan:
     That is explicit where the query is untouched by its own prediction, `q M⁻¹ b = 0`, as in
     coupled schemes with two registers (EDICT, BDIA). See `Plan.reverse`.
     """
+    if plan.basis is not None:
+        raise ValueError("a plan in a basis is not reversed: invert with increasing times instead")
     m = plan.registers
     nodes = plan.times
-    table = _table(plan)
+    table = _table(plan)[:, 0]
     stages: list[Stage] = []
     for k, stage in enumerate(plan.stages):
-        if any(row.get("Z", 0) != 0 for row in (stage.query, *stage.update)):
+        if any(_draws(row) for row in (stage.query, *stage.update)):
             raise ValueError(f"stage {k} draws noise: a stochastic plan has no inverse")
         query, q_constant = table[k, 0, :m], table[k, 0, m + 3]
         on_x, b, _, on_1 = table[k, 1:, m:].T

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ebbflow.schedules import Betas, Schedule, TimeLike, along, as_time, readable
+from ebbflow.finite import readable
+from ebbflow.schedules import Betas, Schedule, TimeLike, along, as_time
 
 if TYPE_CHECKING:
     from ebbflow.statistics import Statistics

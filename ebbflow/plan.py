@@ -24,26 +24,35 @@ import torch
 from torch import Tensor
 
 from ebbflow import noise
+from ebbflow.bases import Basis
 from ebbflow.denoiser import Denoiser, plain
-from ebbflow.files import as_list, exact_keys, read_json, write_text
+from ebbflow.files import (
+    as_list,
+    exact_keys,
+    read_json,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+from ebbflow.finite import readable, require_finite
 from ebbflow.rows import Row as Row
-from ebbflow.rows import Stage, combine, compile_stage, validate, watch
-from ebbflow.schedules import Schedule, from_config, readable
+from ebbflow.rows import Stage, combine, compile_stage, on_device, validate, watch
+from ebbflow.schedules import Schedule, from_config
 
 if TYPE_CHECKING:
     from ebbflow.algebra import Dense, Moments, Transition
 
 
 class Step(NamedTuple):
-    """What the executor yields after each stage."""
+    """What the executor yields after each stage.
+
+    registers: in the coordinates of the plan's basis; state: register 0 itself at a node, or None.
+    """
 
     stage: int
     registers: tuple[Tensor | None, ...]
     prediction: Tensor
-
-
-class NonFinite(FloatingPointError):
-    """A prediction or a state stopped being finite."""
+    state: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,19 @@ class Plan:
         start: the time of the initial state, which every register holds at first.
         stages: the denoiser calls, in order; the last one ends at a node.
         origin: JSON values saying which solver, command and model made it.
+        basis: coordinates in which the rows hold, so that coefficients may differ by coordinate;
+            Z and "1" are then coordinates too. None for the state's own.
     """
 
     schedule: Schedule
     start: float
     stages: tuple[Stage, ...]
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        validate(self.schedule, self.start, self.stages)
+        validate(self.schedule, self.start, self.stages, self.basis)
         wide = (torch.float32, torch.float64)
         programs = {dtype: tuple(compile_stage(s, dtype) for s in self.stages) for dtype in wide}
         object.__setattr__(self, "_programs", programs)
@@ -105,8 +117,11 @@ class Plan:
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
         start = self._initial(denoiser, x_init)
-        *_, (_, end) = self._loop(denoiser, start, seed, first_index, condition)
-        return tuple(end[: len(start)]) if isinstance(x_init, tuple) else end[0]
+        *_, (_, end, _) = self._loop(denoiser, start, seed, first_index, condition)
+        ends = end[: len(start)] if isinstance(x_init, tuple) else end[:1]
+        if self.basis is not None:
+            ends = [x if x is None else self.basis.inverse(x, start[0].shape) for x in ends]
+        return tuple(ends) if isinstance(x_init, tuple) else ends[0]
 
     def execute(
         self,
@@ -118,9 +133,12 @@ class Plan:
     ) -> Iterator[Step]:
         """Run, yielding after each stage; its loop is the library's one multiply-add loop."""
         start = self._initial(denoiser, x_init)
-        held = len(start)
-        loop = self._loop(denoiser, start, seed, first_index, condition)
-        return (Step(k, tuple(values[:held]), values[held + 1]) for k, values in loop)
+        held, shape = len(start), start[0].shape
+        for k, values, prediction in self._loop(denoiser, start, seed, first_index, condition):
+            state = values[0] if self.stages[k].node is not None else None
+            if self.basis is not None and state is not None:
+                state = self.basis.inverse(state, shape)
+            yield Step(k, tuple(values[:held]), prediction, state)
 
     def _loop(
         self,
@@ -130,12 +148,16 @@ class Plan:
         first_index: int,
         condition: Mapping[str, Any],
         inspect: bool = False,
-    ) -> Iterator[tuple[int, list[Any]]]:
-        x = start[0]
+    ) -> Iterator[tuple[int, list[Any], Tensor]]:
+        x, basis, given = start[0], self.basis, start
         indices = range(first_index, first_index + len(x))
         calls = denoiser.prepare(tuple(stage.time for stage in self.stages), x)
         watched: Mapping[int, tuple[int, ...]] = self.__dict__["_watched"]
         in_place = plain()
+        programs = self.__dict__["_programs"][x.dtype]
+        if basis is not None:
+            start = tuple(basis.forward(x) for x in start)
+            programs = tuple(on_device(program, x.device) for program in programs)
         # The machine: the registers, X, D, Z and 1. Nothing else keeps a tensor in memory.
         values: list[Any] = [*start, None, None, None, 1.0]
         X, D, Z = range(len(start), len(start) + 3)
@@ -143,11 +165,16 @@ class Plan:
         last, looked = self.nfe - 1, time.monotonic()
         if inspect:
             require_finite(x, f"x_init, the state at t = {self.start:g},")
-        for k, (query, update, draws) in enumerate(self.__dict__["_programs"][x.dtype]):
+        for k, (query, update, draws) in enumerate(programs):
             if draws:
-                values[Z] = noise.normal(seed, indices, k + 1, x.shape[1:], x.dtype, x.device)
+                shape = start[0].shape[1:]
+                values[Z] = noise.normal(seed, indices, k + 1, shape, x.dtype, x.device)
             values[X] = combine(query, values, in_place)
-            values[D] = calls[k](values[X], **condition)
+            if basis is None:
+                values[D] = prediction = calls[k](values[X], **condition)
+            else:
+                prediction = calls[k](basis.inverse(values[X], x.shape), **condition)
+                values[D] = basis.forward(prediction)
             values[:X] = [combine(row, values, in_place) for row in update]
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
@@ -163,37 +190,22 @@ class Plan:
                     if values[0] is not None and k < last:
                         sums.append(values[0].sum())
                     if not all(math.isfinite(x.item()) for x in sums if readable(x)):
-                        for _ in self._loop(denoiser, start, seed, first_index, condition, True):
+                        for _ in self._loop(denoiser, given, seed, first_index, condition, True):
                             pass
                     sums, looked = [], time.monotonic()
-            yield k, values
-            values[X] = values[D] = values[Z] = None
+            yield k, values, prediction
+            values[X] = values[D] = values[Z] = prediction = None
 
     def _initial(
         self, denoiser: Denoiser, x_init: Tensor | tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser is a {type(denoiser).__name__}: wrap it, ef.Denoiser(net, schedule)"
-            )
-        if denoiser.schedule != self.schedule:
-            raise ValueError(
-                f"the plan was made for {self.schedule!r}, the denoiser lives on "
-                f"{denoiser.schedule!r}: compile the solver on the denoiser's schedule"
-            )
         given = x_init if isinstance(x_init, tuple) else (x_init,) * self.registers
         if len(given) != self.registers or len({x.shape for x in given}) != 1:
             raise ValueError(
                 f"x_init has shapes {[tuple(x.shape) for x in given]}; the plan needs "
                 f"{self.registers} register(s) of one shape"
             )
-        if not given[0].is_floating_point() or given[0].ndim == 0:
-            raise ValueError(
-                f"x_init of dtype {given[0].dtype} and shape {tuple(given[0].shape)}: a state is "
-                "a floating-point batch (B, *shape)"
-            )
-        dtype = torch.promote_types(given[0].dtype, torch.float32)
-        return tuple(x if x.dtype == dtype else x.to(dtype) for x in given)
+        return tuple(require_start(self.schedule, denoiser, x) for x in given)
 
     def dense(self) -> Dense:
         """The plan written out: every query and node in X_0, the predictions and the noise."""
@@ -232,7 +244,12 @@ class Plan:
         return reverse(self)
 
     def to_config(self) -> dict[str, Any]:
-        """JSON values from which `from_config` makes an equal plan."""
+        """JSON values from which `from_config` makes an equal plan, beside `tensors`."""
+
+        def row(k: int, where: str, row: Row) -> dict[str, Any]:
+            return {n: f"{k}.{where}.{n}" if isinstance(v, Tensor) else v for n, v in row.items()}
+
+        basis = None if self.basis is None else [self.basis.kind, list(self.basis.shape)]
         return {
             "format": "ebbflow-plan",
             "version": 1,
@@ -241,51 +258,93 @@ class Plan:
             "stages": [
                 {
                     "time": stage.time,
-                    "query": dict(stage.query),
-                    "update": [dict(row) for row in stage.update],
+                    "query": row(k, "query", stage.query),
+                    "update": [row(k, str(i), r) for i, r in enumerate(stage.update)],
                     "node": stage.node,
                 }
-                for stage in self.stages
+                for k, stage in enumerate(self.stages)
             ],
             "origin": dict(self.origin),
+            **({} if basis is None else {"basis": basis}),
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The coefficients that differ by coordinate, by the names that `to_config` gives them."""
+        out: dict[str, Tensor] = {}
+        for k, stage in enumerate(self.stages):
+            for where, row in [("query", stage.query), *enumerate(stage.update)]:
+                found = {f"{k}.{where}.{n}": v for n, v in row.items() if isinstance(v, Tensor)}
+                out |= {name: value.contiguous() for name, value in found.items()}
+        if self.basis is not None and self.basis.matrix is not None:
+            out["basis"] = self.basis.matrix.contiguous()
+        return out
+
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> Plan:
+    def from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Plan:
         """The plan that `to_config` described; raises ValueError for anything else."""
         if not isinstance(config, Mapping) or config.get("format") != "ebbflow-plan":
             raise ValueError("this is no plan: the key 'format' must be 'ebbflow-plan'")
         if config.get("version") != 1:
             raise ValueError(f"plan version {config.get('version')!r}: this release reads 1")
         keys = ("format", "version", "schedule", "start", "stages", "origin")
-        exact_keys(config, keys, "plan")
+        exact_keys({k: v for k, v in config.items() if k != "basis"}, keys, "plan")
+        known = {} if tensors is None else tensors
+
+        def row(values: Any) -> Any:
+            if not isinstance(values, Mapping):
+                return values
+            named = {n: v for n, v in values.items() if isinstance(v, str)}
+            lost = sorted(v for v in named.values() if v not in known)
+            if lost:
+                raise ValueError(
+                    f"the plan's tensors {lost[:3]} are missing: load it from its file"
+                )
+            return {**values, **{n: known[v] for n, v in named.items()}}
+
         stages = []
         for stage in as_list(config["stages"], "stages"):
             exact_keys(stage, ("time", "query", "update", "node"), "stage")
-            update = tuple(as_list(stage["update"], "update"))
-            stages.append(Stage(stage["time"], stage["query"], update, stage["node"]))
+            update = tuple(row(r) for r in as_list(stage["update"], "update"))
+            stages.append(Stage(stage["time"], row(stage["query"]), update, stage["node"]))
         if not isinstance(config["origin"], Mapping):
             raise ValueError(f"origin is {config['origin']!r:.40}, expected an object")
+        basis = None
+        if "basis" in config:
+            kind, shape = as_list(config["basis"], "basis")
+            basis = Basis(kind, tuple(as_list(shape, "basis")), known.get("basis"))
         schedule = from_config(config["schedule"])
-        return Plan(schedule, config["start"], tuple(stages), config["origin"])
+        return Plan(schedule, config["start"], tuple(stages), config["origin"], basis)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
+        """Write the plan as JSON, and its tensors as safetensors beside it, each atomically."""
+        tensors = self.tensors()
+        if tensors:
+            write_tensors(Path(path).with_suffix(".safetensors"), tensors)
         write_text(path, json.dumps(self.to_config(), indent=1, allow_nan=False))
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan that `save` wrote; raises ValueError for any other content."""
-        return Plan.from_config(read_json(path))
+        config = read_json(path)
+        beside = Path(path).with_suffix(".safetensors")
+        return Plan.from_config(config, read_tensors(beside) if "basis" in config else None)
 
 
-def require_finite(x: Tensor | None, what: str) -> None:
-    """Raise NonFinite, with the share of bad elements; inside vmap numbers cannot be read."""
-    if x is None or not readable(x):
-        return
-    bad = 1 - torch.isfinite(x).double().mean().item()
-    if bad > 0:
-        raise NonFinite(
-            f"{what} is not finite in {bad:.1%} of its elements (dtype {x.dtype}): check the "
-            "network's weights and inputs; float16 networks overflow, try bfloat16 or float32"
+def require_start(schedule: Schedule, denoiser: Denoiser, x_init: Tensor) -> Tensor:
+    """A state to start from, at least float32; raises unless the denoiser lives on `schedule`."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"denoiser is a {type(denoiser).__name__}: wrap it, ef.Denoiser(net, schedule)"
         )
+    if denoiser.schedule != schedule:
+        raise ValueError(
+            f"the plan was made for {schedule!r}, the denoiser lives on "
+            f"{denoiser.schedule!r}: compile the solver on the denoiser's schedule"
+        )
+    if not x_init.is_floating_point() or x_init.ndim == 0:
+        raise ValueError(
+            f"x_init of dtype {x_init.dtype} and shape {tuple(x_init.shape)}: a state is "
+            "a floating-point batch (B, *shape)"
+        )
+    dtype = torch.promote_types(x_init.dtype, torch.float32)
+    return x_init if x_init.dtype == dtype else x_init.to(dtype)

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ebbflow.bases import Basis
 from ebbflow.denoiser import factor
 from ebbflow.grids import given
 from ebbflow.schedules import Schedule
 
-Row = Mapping[str, float]
-"""A sparse linear form over the names "x0", "x1", …, "X", "D", "Z" and "1"."""
+Row = Mapping[str, Any]
+"""A sparse linear form over the names "x0", "x1", …, "X", "D", "Z" and "1". Coefficients are floats
+or, in a plan with a basis, float64 tensors of its shape: one number a coordinate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """One denoiser call.
 
@@ -33,13 +36,31 @@ class Stage:
     update: tuple[Row, ...]
     node: float | None = None
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stage):
+            return NotImplemented
+        rows = zip((self.query, *self.update), (other.query, *other.update), strict=False)
+        facts = ((stage.time, stage.node, len(stage.update)) for stage in (self, other))
+        return next(facts) == next(facts) and all(
+            a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a) for a, b in rows
+        )
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    return not isinstance(one, Tensor) and not isinstance(two, Tensor) and one == two
+
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
+def validate(
+    schedule: Schedule, start: float, stages: Sequence[Stage], basis: Basis | None = None
+) -> None:
     """Raise ValueError, naming the stage and the row, unless the stages make a plan."""
+    shape = None if basis is None else basis.shape
     if not stages:
         raise ValueError("a plan needs at least one stage")
     registers = len(stages[0].update)
@@ -61,10 +82,11 @@ def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"{where}: {len(stage.update)} update rows for {registers} register(s)"
             )
-        _check_row(stage.query, held | {"Z", "1"}, every, f"{where}, query")
+        _check_row(stage.query, held | {"Z", "1"}, every, f"{where}, query", shape)
         for i, row in enumerate(stage.update):
             if row != {}:
-                _check_row(row, held | {"X", "D", "Z", "1"}, every, f"{where}, register {i}")
+                names = held | {"X", "D", "Z", "1"}
+                _check_row(row, names, every, f"{where}, register {i}", shape)
         held = {f"x{i}" for i, row in enumerate(stage.update) if row}
         if stage.node is not None and (not _is_time(stage.node) or "x0" not in held):
             raise ValueError(f"{where}: node {stage.node!r} needs a time in [0, 1] and a state")
@@ -73,13 +95,26 @@ def validate(schedule: Schedule, start: float, stages: Sequence[Stage]) -> None:
     given((start, *(stage.node for stage in stages if stage.node is not None)))
 
 
-def _check_row(row: Row, names: set[str], registers: frozenset[str], where: str) -> None:
+def _check_row(
+    row: Row,
+    names: set[str],
+    registers: frozenset[str],
+    where: str,
+    shape: tuple[int, ...] | None,
+) -> None:
     if not isinstance(row, Mapping) or not row:
         raise ValueError(f"{where}: the row is {row!r:.40}, expected names with coefficients")
     for name, value in row.items():
         if name not in names:
             why = "is empty there" if name in registers else "is not a name there"
             raise ValueError(f"{where}: {name!r} {why}; the row may use {sorted(names)}")
+        if isinstance(value, Tensor):
+            if tuple(value.shape) != shape or value.dtype != torch.float64:
+                raise ValueError(
+                    f"{where}: coefficient {name!r} is a {value.dtype} tensor of shape "
+                    f"{tuple(value.shape)}; a basis of shape {shape} takes such float64 tensors"
+                )
+            value = value.abs().max().item()
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{where}: coefficient {name!r} is {value!r}, not a number")
         if not abs(value) <= sys.float_info.max:
@@ -102,12 +137,19 @@ def compile_stage(stage: Stage, dtype: torch.dtype) -> Rows:
     slots |= {f"x{i}": i for i in range(registers)}
 
     def terms(row: Row) -> Terms:
-        kept = [(slots[name], float(value)) for name, value in row.items() if value != 0]
+        kept = [
+            (slots[name], v.to(dtype) if isinstance(v, Tensor) else float(v))
+            for name, v in row.items()
+            if (bool(v.any()) if isinstance(v, Tensor) else v != 0)
+        ]
         if row and all(slot == slots["1"] for slot, _ in kept):
             # Nothing but a number is left: a term of zero gives it a shape.
             kept.append((slots[next(name for name in row if name != "1")], 0.0))
-        kept.sort(key=lambda term: (term[0] == slots["1"], term[1] != 1.0))
-        return tuple((slot, c if i else factor(c, dtype)) for i, (slot, c) in enumerate(kept))
+        kept.sort(key=lambda term: (term[0] == slots["1"], not _equal(term[1], 1.0)))
+        return tuple(
+            (slot, c if i or isinstance(c, Tensor) else factor(c, dtype))
+            for i, (slot, c) in enumerate(kept)
+        )
 
     rows = (terms(stage.query), *map(terms, stage.update))
     return rows[0], rows[1:], any(slot == slots["Z"] for row in rows for slot, _ in row)
@@ -126,9 +168,21 @@ def combine(terms: Terms, values: Sequence[Any], in_place: bool) -> Any:
     own = in_place and first is not None
     for slot, coefficient in terms[1:]:
         add = total.add_ if own else total.add
-        total = add(values[slot], alpha=coefficient)
+        if isinstance(coefficient, Tensor):
+            total = add(values[slot] * coefficient)
+        else:
+            total = add(values[slot], alpha=coefficient)
         own = in_place
     return total
+
+
+def on_device(program: Rows, device: torch.device) -> Rows:
+    """The same rows with their tensors on a device."""
+
+    def moved(terms: Terms) -> Terms:
+        return tuple((s, c.to(device) if isinstance(c, Tensor) else c) for s, c in terms)
+
+    return moved(program[0]), tuple(moved(terms) for terms in program[1]), program[2]
 
 
 def watch(stages: Sequence[Stage]) -> dict[int, tuple[int, ...]]:
@@ -146,7 +200,7 @@ def watch(stages: Sequence[Stage]) -> dict[int, tuple[int, ...]]:
         def gather(row: Row, values: Mapping[str, int]) -> int:
             mask = 0
             for name, value in row.items():
-                mask |= values.get(name, 0) if value != 0 else 0
+                mask |= 0 if _equal(value, 0.0) else values.get(name, 0)
             return mask
 
         values = {f"x{i}": mask for i, mask in enumerate(current)} | {"D": 1 << k}

@@ -13,25 +13,20 @@ from torch import Tensor
 
 from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser
-from ebbflow.plan import Plan, require_finite
+from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.solvers import Solver
-
-
-class Point(NamedTuple):
-    """A node that was reached: its time, the state there, and the last prediction."""
-
-    time: float
-    state: Tensor
-    prediction: Tensor
+from ebbflow.solvers.stepping import Model, Walk
+from ebbflow.solvers.stepping import Point as Point
 
 
 @dataclass(frozen=True)
 class Result:
     """What `sample(full=True)` returns.
 
-    nfe: denoiser calls on the whole batch; passes: network passes a sample; status: "completed";
-    seconds: wall time.
+    nfe: denoiser calls, of the costliest sample where solvers choose them; passes: network passes;
+    status: "completed", or how many samples reached their cap; seconds: wall time;
+    evaluations: (B,), what each sample has spent; times: (B,), how far each came.
     """
 
     samples: Tensor
@@ -39,6 +34,8 @@ class Result:
     passes: int
     status: str
     seconds: float
+    evaluations: Tensor
+    times: Tensor
 
 
 @overload
@@ -55,7 +52,7 @@ def sample(
     steps: int | None = None,
     nfe: int | None = None,
     times: Sequence[float] | Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Walk | None = None,
     x_init: Tensor | None = None,
     seed: int = 0,
     first_index: int = 0,
@@ -90,23 +87,34 @@ def sample(
     began = time.perf_counter()
     job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
-    calls = job.plan.nfe + (1 if job.extra else 0)
-    parts = []
+    parts, accounts = [], []
     chunks = job.chunks(batch)
-    with bar("sampling", job.plan.nfe * len(chunks), progress) as advance, job.mode():
+    with bar("sampling", (len(job.plan.times) - 1) * len(chunks), progress) as advance, job.mode():
         for chunk in chunks:
-            state = None
-            for point in job.run(chunk, advance):
+            state, account = None, job.account(chunk)
+            for point in job.run(chunk, account):
+                advance()
                 state = point.state
                 if on_step is not None:
                     on_step(point)
             parts.append(state)
+            accounts.append(account)
     samples = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not full:
         return samples
-    passes = sum(denoiser.passes(stage.time) for stage in job.plan.stages)
-    passes += denoiser.passes(job.plan.times[-1]) if job.extra else 0
-    return Result(samples, calls, passes, "completed", time.perf_counter() - began)
+    pairs = [(account, chunk.keep) for account, chunk in zip(accounts, chunks, strict=True)]
+    evaluations = torch.cat([account.evaluations[keep] for account, keep in pairs])
+    reached = torch.cat([account.reached(job.plan.times[-1])[keep] for account, keep in pairs])
+    short = int((reached != job.plan.times[-1]).sum())
+    return Result(
+        samples,
+        int(evaluations.max()),
+        max(account.passes for account in accounts),
+        f"{short} of {len(reached)} samples reached their cap" if short else "completed",
+        time.perf_counter() - began,
+        evaluations,
+        reached,
+    )
 
 
 def trajectory(
@@ -117,7 +125,7 @@ def trajectory(
     steps: int | None = None,
     nfe: int | None = None,
     times: Sequence[float] | Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Walk | None = None,
     x_init: Tensor | None = None,
     seed: int = 0,
     first_index: int = 0,
@@ -129,7 +137,7 @@ def trajectory(
     """Iterate over (time, state, prediction) at the nodes after the first; see `sample`."""
     job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
-    return _together(job, [job.run(chunk) for chunk in job.chunks(batch)])
+    return _together(job, [job.run(chunk, job.account(chunk)) for chunk in job.chunks(batch)])
 
 
 def _together(job: _Job, runs: list[Iterator[Point]]) -> Iterator[Point]:
@@ -158,7 +166,7 @@ class _Chunk(NamedTuple):
 class _Job:
     denoiser: Denoiser
     shape: tuple[int, ...]
-    plan: Plan
+    plan: Plan | Walk
     x_init: Tensor | None
     condition: dict[str, Any]
     gradient: str | None
@@ -184,23 +192,36 @@ class _Job:
             for c in range(begin // batch * batch, end, batch)
         ]
 
-    def run(self, chunk: _Chunk, advance: Callable[[], None] = lambda: None) -> Iterator[Point]:
-        rows = torch.arange(chunk.size) + (chunk.first - self.first_index)
-        rows = rows.clamp(0, self.shape[0] - 1)  # padding repeats an end row
+    def account(self, chunk: _Chunk) -> Model:
+        """The denoiser with the condition of one chunk; it counts what is spent."""
+        rows = self._rows(chunk)
         condition = {name: self._cut(value, rows) for name, value in self.condition.items()}
-        x = self._prior(chunk) if self.x_init is None else self._cut(self.x_init, rows)
-        nodes = iter(self.plan.times[1:])
+        indices = range(chunk.first, chunk.first + chunk.size)
+        return Model(self.denoiser, condition, self.seed, indices)
+
+    def run(self, chunk: _Chunk, account: Model) -> Iterator[Point]:
+        given = self.x_init
+        x = self._prior(chunk) if given is None else self._cut(given, self._rows(chunk))
         last = self.plan.times[-1]
-        for step in self.plan.execute(self.denoiser, x, self.seed, chunk.first, **condition):
-            advance()
-            if self.plan.stages[step.stage].node is None:
-                continue
-            t, state, prediction = next(nodes), step.registers[0], step.prediction
-            assert state is not None
+        for t, state, prediction in self._nodes(account, x):
             if t == last and self.extra:
-                prediction = state = self.denoiser.at(t, state)(state, **condition)
-                require_finite(state, f"the prediction at t = {t:g} that removes the last noise")
+                prediction = state = account(state, t)
             yield Point(t, state[chunk.keep], prediction[chunk.keep])
+
+    def _nodes(self, account: Model, x: Tensor) -> Iterator[Point]:
+        if isinstance(self.plan, Walk):
+            yield from self.plan.execute(account, x)
+            return
+        first = account.indices.start
+        for step in self.plan.execute(self.denoiser, x, self.seed, first, **account.condition):
+            stage = self.plan.stages[step.stage]
+            account.spend(stage.time)
+            if stage.node is not None and step.state is not None:
+                yield Point(stage.node, step.state, step.prediction)
+
+    def _rows(self, chunk: _Chunk) -> Tensor:
+        rows = torch.arange(chunk.size) + (chunk.first - self.first_index)
+        return rows.clamp(0, self.shape[0] - 1)  # padding repeats an end row
 
     def _prior(self, chunk: _Chunk) -> Tensor:
         parameter = next(self.denoiser.parameters(), None)
@@ -223,7 +244,7 @@ def _prepare(
     steps: int | None,
     nfe: int | None,
     times: Sequence[float] | Tensor | None,
-    plan: Plan | None,
+    plan: Plan | Walk | None,
     x_init: Tensor | None,
     gradient: str | None,
     condition: dict[str, Any],
@@ -246,6 +267,7 @@ def _prepare(
             plan = solver.largest(denoiser.schedule, nfe, statistics)
         else:
             plan = solver.plan(denoiser.schedule, steps, times=times, statistics=statistics)
+        assert plan is not None
     if x_init is None and plan.start != 1:
         raise ValueError(
             f"the first node is {plan.start:g}, not 1: give x_init, the state at that time"

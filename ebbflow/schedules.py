@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ebbflow.files import exact_keys
+from ebbflow.finite import readable
 
 TimeLike = float | Tensor
 
@@ -27,14 +28,6 @@ def as_time(t: TimeLike) -> Tensor:
         bad = t.detach()[~((t >= 0) & (t <= 1))].flatten()[0].item()
         raise ValueError(f"time {bad:g} lies outside [0, 1]; 0 is data and 1 is noise")
     return t
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the numbers can be looked at: inside vmap they cannot; check them outside."""
-    inside = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while inside.is_functorch_wrapped_tensor(x) and not inside.is_batchedtensor(x):
-        x = inside.get_unwrapped(x)
-    return not inside.is_batchedtensor(x)
 
 
 def along(values: Tensor, x: Tensor) -> Tensor:

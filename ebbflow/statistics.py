@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebbflow import noise
+from ebbflow.bases import Basis, cosines, eigen, leading, principal
 
 if TYPE_CHECKING:
     from ebbflow.denoiser import Denoiser
@@ -137,7 +138,7 @@ class Statistics:
             gain, basis = torch.linalg.eigh(alpha * (slope + slope.T) / 2)
         else:
             z = noise.normal(0, range(probes), 0, shape, torch.float64, stream=2).sign()
-            gain = alpha * (z * _cosines(jacobian(_cosines(z, inverse=True)))).mean(0)
+            gain = alpha * (z * cosines(jacobian(cosines(z, inverse=True)))).mean(0)
             basis = None
         variance = (sigma / alpha) ** 2 * gain / (1 - gain)
         return Statistics(mean[0], variance.clamp(min=0), basis)
@@ -145,11 +146,7 @@ class Statistics:
     @staticmethod
     def exact(mean: Tensor, covariance: Tensor) -> Statistics:
         """Statistics of a known mean (*shape) and covariance (d, d)."""
-        variance, basis = torch.linalg.eigh(covariance.double())
-        rounded = variance.abs() < 1e-6 * variance.abs().max()
-        return Statistics(
-            mean.double(), torch.where(rounded, variance.clamp(min=0), variance), basis
-        )
+        return Statistics(mean.double(), *eigen(covariance))
 
     def given(self, **condition: Any) -> Statistics:
         """The statistics of one class, `given(label=3)`; or else the pooled ones."""
@@ -157,6 +154,14 @@ class Statistics:
         if isinstance(label, Tensor):
             label = int(label.flatten()[0]) if len(label.unique()) == 1 else None
         return self.classes.get(label, self) if isinstance(label, int) else self
+
+    @property
+    def axes(self) -> Basis | None:
+        """Coordinates in which the covariance is `diag(variance)`; None for a low-rank basis."""
+        if self.basis is None:
+            return Basis("cosine", tuple(self.mean.shape))
+        d, rank = self.basis.shape
+        return Basis("matrix", (d,), self.basis) if rank == d else None
 
     def covariance(self) -> Tensor:
         """The whole covariance (d, d)."""
@@ -173,7 +178,7 @@ class Statistics:
 
         if self.basis is None:
             weights = gain(self.variance).to(x.dtype)
-            return _cosines(weights * _cosines(x), inverse=True)
+            return cosines(weights * cosines(x), inverse=True)
         basis = self.basis.to(x.dtype)
         flat = x.reshape(len(x), -1)
         inside = flat @ basis
@@ -212,31 +217,12 @@ class Statistics:
 
 
 def _exact(x: Tensor) -> Statistics:
-    flat = x.reshape(len(x), -1)
-    return Statistics.exact(x.mean(0), torch.atleast_2d(torch.cov(flat.T)))
+    return Statistics(x.mean(0), *principal(x.flatten(1)))
 
 
 def _low_rank(x: Tensor) -> Statistics:
-    flat = (x - x.mean(0)).reshape(len(x), -1)
-    rank = min(LOW_RANK, len(x) - 1, flat.shape[1])
-    _, scale, basis = torch.linalg.svd(flat, full_matrices=False)
-    variance = scale**2 / (len(x) - 1)
-    rest = flat.shape[1] - rank
-    residual = float(variance[rank:].sum() / rest) if rest else 0.0
-    return Statistics(x.mean(0), variance[:rank], basis[:rank].T.contiguous(), residual)
+    return Statistics(x.mean(0), *leading(x.flatten(1), LOW_RANK))
 
 
 def _cosine(x: Tensor) -> Statistics:
-    return Statistics(x.mean(0), _cosines(x - x.mean(0)).square().sum(0) / (len(x) - 1))
-
-
-def _cosines(x: Tensor, inverse: bool = False) -> Tensor:
-    """Orthonormal DCT-II over the last two axes."""
-    for axis in (-2, -1):
-        n = x.shape[axis]
-        k = torch.arange(n, dtype=torch.float64)
-        matrix = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
-        matrix[0] /= math.sqrt(2)
-        matrix = (matrix.T if inverse else matrix).to(x.device, x.dtype)
-        x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
-    return x
+    return Statistics(x.mean(0), cosines(x - x.mean(0)).square().sum(0) / (len(x) - 1))

@@ -21,7 +21,8 @@ def config_of(name: str) -> dict[str, Any]:
     Under `details` it may have `class_names`, `training_command`, `data`, `license`, and `sampling`
     with the `solver`, `steps` and `guidance` that suit the model.
     """
-    from ebbflow.storage import BUNDLED, bundled
+    from ebbflow.folders import BUNDLED
+    from ebbflow.storage import bundled
 
     if name == ORACLE:
         return {}

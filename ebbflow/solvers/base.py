@@ -82,16 +82,17 @@ class Solver:
         *,
         times: Sequence[float] | Tensor | None = None,
         statistics: Statistics | None = None,
-    ) -> Plan:
+    ) -> Any:
         """Compile for `steps` steps (10 unless given) from 1 to 0, or through the nodes `times`.
 
+        Returns a Plan; solvers that are not linear return a `Walk`, which runs the same way.
         Raises ValueError for both, for nodes that are not strictly monotone, and for increasing
         nodes (towards noise) when the solver is stochastic.
         """
         if times is not None and steps is not None:
             raise ValueError(f"give steps or times, not both (steps={steps})")
         if times is None:
-            nodes = self.grid(schedule, grids.check_steps(10 if steps is None else steps))
+            nodes = self.nodes(schedule, 10 if steps is None else steps, statistics)
         else:
             nodes = grids.given(times)
         if self.stochastic and nodes[1] > nodes[0]:
@@ -101,6 +102,14 @@ class Solver:
             )
         if "statistics" in self.needs and statistics is None:
             raise ValueError(f"{self.name} needs the data's statistics: ef.Statistics.from_data")
+        return self.compile(schedule, nodes, statistics)
+
+    def nodes(self, schedule: Schedule, steps: int, statistics: Statistics | None) -> grids.Times:
+        """The nodes of `steps` steps from 1 to 0."""
+        return self.grid(schedule, grids.check_steps(steps))
+
+    def compile(self, schedule: Schedule, nodes: grids.Times, statistics: Statistics | None) -> Any:
+        """The plan through checked nodes."""
         return Plan(schedule, nodes[0], tuple(self.stages(Levels.of(schedule, nodes))), self.origin)
 
     @property
@@ -112,7 +121,7 @@ class Solver:
         kept = {k: v for k, v in own.items() if isinstance(v, int | float | str) and v != math.inf}
         return {"solver": self.name, **kept}
 
-    def largest(self, schedule: Schedule, nfe: int, statistics: Statistics | None = None) -> Plan:
+    def largest(self, schedule: Schedule, nfe: int, statistics: Statistics | None = None) -> Any:
         """The plan with the most steps whose calls fit the budget `nfe`."""
         if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
             raise ValueError(f"nfe must be an integer of at least 1, got {nfe!r}")

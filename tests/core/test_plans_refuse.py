@@ -47,7 +47,11 @@ MALFORMED: dict[str, tuple[Any, tuple[Stage, ...], str]] = {
     "beyond any float": (0.8, (stage(update=({"D": 10**400},)),), "not finite"),
     "text": (0.8, (stage(update=({"D": "0.5"},)),), "'0.5', not a number"),
     "a truth value": (0.8, (stage(update=({"D": True},)),), "True, not a number"),
-    "a tensor": (0.8, (stage(update=({"D": torch.tensor(1.0)},)),), "not a number"),
+    "a tensor": (
+        0.8,
+        (stage(update=({"D": torch.tensor(1.0)},)),),
+        "tensor of shape",
+    ),
     "too few rows": (
         0.8,
         (stage(update=TWO), stage(time=0.5, node=0.3)),
