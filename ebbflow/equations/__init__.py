@@ -1,0 +1,1 @@
+"""Systems of equations, of which nothing here knows where they come from."""

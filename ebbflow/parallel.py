@@ -1,0 +1,197 @@
+"""`parallel`: the sample that the loop returns, with many calls of the denoiser at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebbflow import noise, solvers
+from ebbflow.denoiser import Denoiser, require_known
+from ebbflow.equations.triangular import Carry, Method, solve
+from ebbflow.plan import NonFinite, Plan
+from ebbflow.rows import combine
+from ebbflow.solvers import Solver
+
+METHODS: Mapping[str, Method] = {
+    "jacobi": Method(),
+    "gauss-seidel": Method(block=4),
+    "anderson": Method(memory=3),
+}
+"""Jacobi's is Picard's iteration; Gauss-Seidel's in blocks of 4 stages spends fewer evaluations and
+more rounds; Anderson's combines the last 3 rounds."""
+
+
+@dataclass(frozen=True)
+class ParallelResult:
+    """What `parallel` returns.
+
+    samples (B, *shape); rounds: batched denoiser calls, one after another, at most `plan.nfe`;
+    evaluations: of the denoiser on one sample, over the whole batch (the loop has B * plan.nfe);
+    sample_rounds (B,); residual (B,): how far a prediction still moved after it had been used,
+    inf where `max_rounds` cut; status: "converged" or "stopped".
+    """
+
+    samples: Tensor
+    rounds: int
+    evaluations: int
+    sample_rounds: Tensor
+    residual: Tensor
+    status: str
+
+
+@torch.no_grad()
+def parallel(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    *,
+    solver: str | Solver = "auto",
+    steps: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    plan: Plan | None = None,
+    method: str | Method = "jacobi",
+    window: int | None = None,
+    tolerance: float = 1e-6,
+    max_rounds: int | None = None,
+    batch: int | None = None,
+    x_init: Tensor | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    **condition: Any,
+) -> ParallelResult:
+    """The sample of `ef.sample` to a tolerance, in fewer rounds of larger batches.
+
+    The predictions D_k = denoiser(query_k(X_0, D_0 … D_{k-1}, Z_0 … Z_k), t_k) of a plan are a
+    triangular system; `window` of them are evaluated in one call, of B * window rows, until they
+    stand still. Noise comes from a counter, so stochastic plans are such systems too. Each sample
+    has its own window and does not know its neighbours.
+
+    Args:
+        shape, solver, steps, times, plan, x_init, seed, first_index, condition: as of `ef.sample`.
+        method: "jacobi", "gauss-seidel", "anderson" or a `triangular.Method`.
+        window: stages in flight, which bound the memory; all of them unless given.
+        tolerance: largest change (absolute, of the data's unit) of a prediction that was used.
+            Networks in float32 agree with themselves at other batch sizes to about 1e-6 only; less
+            than that costs rounds.
+        max_rounds: stop there, with status "stopped".
+        batch: rows of one call of the network; all of a round's unless given.
+
+    Raises ValueError for arguments that contradict each other, NonFinite when a prediction is NaN
+    or infinite. Runs without gradients.
+    Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, algorithms 1 to 4;
+    the sliding window is that of Parallel Sampling of Diffusion Models.
+    """
+    shape = tuple(torch.Size(shape))
+    if isinstance(method, str):
+        require_known("method", method, METHODS)
+        method = METHODS[method]
+    if plan is None:
+        solver = solvers.get(solver) if isinstance(solver, str) else solver
+        plan = solver.plan(denoiser.schedule, steps, times=times, statistics=denoiser.statistics)
+    elif steps is not None or times is not None:
+        raise ValueError(f"give at most one of steps, times and plan (steps={steps})")
+    x = _start(denoiser, shape, plan, seed, first_index) if x_init is None else x_init
+    if tuple(x.shape) != shape or len(shape) < 2 or shape[0] < 1:
+        raise ValueError(f"x_init has shape {tuple(x.shape)}, expected {shape}: (batch, *sample)")
+    for name, value in {"x_init": x, **condition}.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which parallel has not: .detach() it")
+    registers = plan._initial(denoiser, x)
+    system = _Trajectory(denoiser, plan, registers[0], seed, first_index, batch, condition)
+    try:
+        found = solve(
+            system,
+            registers,
+            torch.zeros_like(registers[0]),
+            window=window,
+            method=method,
+            tolerance=tolerance,
+            max_rounds=max_rounds,
+        )
+    except FloatingPointError as error:
+        raise NonFinite(f"a prediction at steps of {plan.nfe}: {error}") from error
+    status = "converged" if bool(found.converged.all()) else "stopped"
+    evaluations = int(found.evaluations.sum())
+    samples = found.carry[0]
+    return ParallelResult(
+        samples, found.calls, evaluations, found.rounds, found.residual, status
+    )
+
+
+def _start(
+    denoiser: Denoiser, shape: tuple[int, ...], plan: Plan, seed: int, first_index: int
+) -> Tensor:
+    if plan.start != 1:
+        raise ValueError(f"the first node is {plan.start:g}, not 1: give x_init, the state there")
+    like = next(denoiser.parameters(), torch.zeros((), device="cpu"))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    indices = range(first_index, first_index + shape[0])
+    z = noise.normal(seed, indices, 0, shape[1:], dtype, like.device)
+    return z * plan.schedule.sigma(1.0).item()
+
+
+class _Trajectory:
+    """A run of a plan as a triangular system: the carry is the registers, an unknown a prediction."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        plan: Plan,
+        x: Tensor,
+        seed: int,
+        first_index: int,
+        batch: int | None,
+        condition: Mapping[str, Any],
+    ) -> None:
+        self.denoiser, self.plan, self.like, self.batch = denoiser, plan, x, batch
+        self.seed, self.first_index, self.condition = seed, first_index, condition
+        self.programs = plan.__dict__["_programs"][x.dtype]
+        self.times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
+        self.noise: dict[int, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        return self.plan.nfe
+
+    def _values(self, t: int, carry: Carry, rows: Tensor) -> list[Any]:
+        """The machine before stage t: the registers, X, D, Z and 1."""
+        fresh = None
+        if self.programs[t][2]:
+            if t not in self.noise:
+                x = self.like
+                indices = range(self.first_index, self.first_index + len(x))
+                self.noise[t] = noise.normal(
+                    self.seed, indices, t + 1, x.shape[1:], x.dtype, x.device
+                )
+            fresh = self.noise[t][rows.to(self.like.device)]
+        return [*carry, None, None, fresh, 1.0]
+
+    def ask(self, t: int, carry: Carry, rows: Tensor) -> Tensor:
+        return combine(self.programs[t][0], self._values(t, carry, rows), True)
+
+    def answer(self, times: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+        first = int(times.min())
+        self.noise = {t: z for t, z in self.noise.items() if t >= first}
+        size = self.batch or len(rows)
+        parts = zip(times.split(size), queries.split(size), rows.split(size), strict=True)
+        return torch.cat([self._call(*part) for part in parts])
+
+    def _call(self, times: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+        condition = {
+            name: value[rows.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(self.like)
+            else value
+            for name, value in self.condition.items()
+        }
+        return self.denoiser.at(self.times[times], queries)(queries, **condition)
+
+    def advance(
+        self, t: int, carry: Carry, query: Tensor, answer: Tensor, rows: Tensor
+    ) -> Sequence[Tensor | None]:
+        values = self._values(t, carry, rows)
+        m = len(carry)
+        values[m], values[m + 1] = query, answer
+        return [combine(row, values, True) for row in self.programs[t][1]]
