@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ebbflow import training as training
     from ebbflow.denoiser import Denoiser as Denoiser
     from ebbflow.finite import NonFinite as NonFinite
+    from ebbflow.parallel_in_time import ParallelResult as ParallelResult
+    from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.plan import Plan as Plan
     from ebbflow.plan import Stage as Stage
     from ebbflow.sampling import Result as Result
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Denoiser": "denoiser",
     "NonFinite": "finite",
+    "ParallelResult": "parallel_in_time",
     "Plan": "plan",
     "Result": "sampling",
     "Stage": "plan",
@@ -45,6 +48,7 @@ _HOMES = {
     "networks": "networks",
     "noise": "noise",
     "oracles": "oracles",
+    "parallel": "parallel_in_time",
     "sample": "sampling",
     "schedules": "schedules",
     "solvers": "solvers",

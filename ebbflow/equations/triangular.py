@@ -22,6 +22,14 @@ Carry = tuple[Tensor, ...]
 """What the past leaves behind, one or more tensors whose first axis is the batch."""
 
 
+class UnknownNotFinite(FloatingPointError):
+    """Unknown `t` of some system is NaN or infinite, and everything before it was right."""
+
+    def __init__(self, t: int) -> None:
+        super().__init__(f"unknown {t} is not finite")
+        self.t = t
+
+
 class System(Protocol):
     """A batch of triangular systems, each a cheap recursion around one expensive call:
 
@@ -258,7 +266,7 @@ class _State:
             found = self.values[times % width, rows]
             if found.is_floating_point() and not bool(torch.isfinite(found).all()):
                 finite = torch.isfinite(found).flatten(1).all(1).cpu()
-                raise FloatingPointError(f"unknown {int(times[~finite].min())} is not finite")
+                raise UnknownNotFinite(int(times[~finite].min()))
         self.carry = self._sweep(self.front + count, lambda t, rows, query: None)
         newest = self.values[(self.front + width - 1) % width, torch.arange(len(count))]
         for offset in range(int(count.max())):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser, require_known
-from ebbflow.equations.triangular import Carry, Method, solve
+from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
 from ebbflow.plan import NonFinite, Plan
-from ebbflow.rows import combine
+from ebbflow.rows import combine, compile_stage
 from ebbflow.solvers import Solver
 
 METHODS: Mapping[str, Method] = {
@@ -73,9 +73,9 @@ def parallel(
         shape, solver, steps, times, plan, x_init, seed, first_index, condition: as of `ef.sample`.
         method: "jacobi", "gauss-seidel", "anderson" or a `triangular.Method`.
         window: stages in flight, which bound the memory; all of them unless given.
-        tolerance: largest change (absolute, of the data's unit) of a prediction that was used.
-            Networks in float32 agree with themselves at other batch sizes to about 1e-6 only; less
-            than that costs rounds.
+        tolerance: of the sample, absolute and elementwise, in the data's unit: a prediction is used
+            once it moves by less than a tenth of it. Networks in float32 agree with themselves at
+            other batch sizes to about 1e-6 only; to ask for less than 1e-4 costs rounds.
         max_rounds: stop there, with status "stopped".
         batch: rows of one call of the network; all of a round's unless given.
 
@@ -99,6 +99,8 @@ def parallel(
     for name, value in {"x_init": x, **condition}.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which parallel has not: .detach() it")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
     registers = plan._initial(denoiser, x)
     system = _Trajectory(denoiser, plan, registers[0], seed, first_index, batch, condition)
     try:
@@ -108,17 +110,19 @@ def parallel(
             torch.zeros_like(registers[0]),
             window=window,
             method=method,
-            tolerance=tolerance,
+            tolerance=tolerance / 10,
             max_rounds=max_rounds,
         )
-    except FloatingPointError as error:
-        raise NonFinite(f"a prediction at steps of {plan.nfe}: {error}") from error
+    except UnknownNotFinite as error:
+        k = error.t
+        raise NonFinite(
+            f"the prediction at step {k + 1} of {plan.nfe}, t = {plan.stages[k].time:g}, is not "
+            f"finite (dtype {registers[0].dtype}): check the network's weights and inputs"
+        ) from error
     status = "converged" if bool(found.converged.all()) else "stopped"
     evaluations = int(found.evaluations.sum())
     samples = found.carry[0]
-    return ParallelResult(
-        samples, found.calls, evaluations, found.rounds, found.residual, status
-    )
+    return ParallelResult(samples, found.calls, evaluations, found.rounds, found.residual, status)
 
 
 def _start(
@@ -134,7 +138,7 @@ def _start(
 
 
 class _Trajectory:
-    """A run of a plan as a triangular system: the carry is the registers, an unknown a prediction."""
+    """A run of a plan as a triangular system: its carry is the registers, unknowns predictions."""
 
     def __init__(
         self,
@@ -148,7 +152,7 @@ class _Trajectory:
     ) -> None:
         self.denoiser, self.plan, self.like, self.batch = denoiser, plan, x, batch
         self.seed, self.first_index, self.condition = seed, first_index, condition
-        self.programs = plan.__dict__["_programs"][x.dtype]
+        self.programs = [compile_stage(stage, x.dtype) for stage in plan.stages]
         self.times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
         self.noise: dict[int, Tensor] = {}
 
