@@ -204,7 +204,7 @@ class _State:
                 continue
             answers = self.system.answer(times, queries, rows)
             slots = times % width
-            moved = (answers - self.values[slots, rows]).flatten(1).abs().amax(1)
+            moved = (answers - self.values[slots, rows]).reshape(len(rows), -1).abs().amax(1)
             change[rows, times - front[rows]] = moved.double().cpu()
             self.values[slots, rows] = answers
             self.calls += 1
