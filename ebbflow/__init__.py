@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ebbflow.sampling import Result as Result
     from ebbflow.sampling import sample as sample
     from ebbflow.sampling import trajectory as trajectory
+    from ebbflow.solvers.model_statistics import ModelStatistics as ModelStatistics
     from ebbflow.statistics import Statistics as Statistics
     from ebbflow.storage import load as load
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module is its own home.
 _HOMES = {
     "Denoiser": "denoiser",
+    "ModelStatistics": "solvers.model_statistics",
     "NonFinite": "finite",
     "ParallelResult": "parallel_in_time",
     "Plan": "plan",

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from ebbflow.solvers import ddim, edm, multistep, runge_kutta
 from ebbflow.solvers.base import Levels as Levels
 from ebbflow.solvers.base import Solver as Solver
+from ebbflow.solvers.dpm_solver_v3 import DPMSolverV3 as DPMSolverV3
 
 _SOLVERS = {
     solver.name: solver
