@@ -79,9 +79,11 @@ class DPMSolverV3(Solver):
         """history: values of f that the predictor interpolates, 1, 2 or 3."""
         if history not in (1, 2, 3):
             raise ValueError(f"history must be 1, 2 or 3, got {history!r}")
-        order = history + 1 if corrector else min(history, 2)
+        nominal = history + 1 if corrector else history
+        # The first step has no past: of order 1 alone, 2 with the corrector; one step costs one less.
+        order = min(nominal, 3 if corrector else 2)
         return DPMSolverV3(
-            "dpm-solver-v3", order, order, PAPER, history, corrector, model_statistics
+            "dpm-solver-v3", order, nominal, PAPER, history, corrector, model_statistics
         )
 
     @property

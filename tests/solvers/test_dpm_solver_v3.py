@@ -70,20 +70,18 @@ def ratios(statistics: ef.ModelStatistics) -> Tensor:
 def test_statistics_of_an_uncoupled_gaussian_are_the_closed_form() -> None:
     known = gaussian(torch.diag(DEVIATION**2))
     for schedule in (ef.schedules.VP(), ef.schedules.Linear()):
-        denoiser = known.denoiser(schedule)
-        found = ef.ModelStatistics.from_model(denoiser, known.sample(16), points=40)
-        noise, data = ratios(found), DEVIATION**2
-        total = data + noise
-        assert (found.l - noise / total).abs().max() < 1e-12
-        assert (found.s == 0).all(), "f does not depend on x: there is no line"
-        # f = -noise/total m and d noise / dlambda = -2 noise; the slope of l is the spline's.
-        inner = slice(8, -8)
-        exact = 2 * noise * data / total**2 * MEAN
-        assert (found.b - exact)[inner].abs().max() < 1e-2
-        fine = ef.ModelStatistics.from_model(denoiser, known.sample(4), points=320)
-        noise = ratios(fine)
-        exact = 2 * noise * data / (data + noise) ** 2 * MEAN
-        assert (fine.b - exact)[64:-64].abs().max() < 1e-5
+        errors = []
+        for points in (20, 80):
+            found = ef.ModelStatistics.from_model(known.denoiser(schedule), known.sample(4), points)
+            noise, data = ratios(found), DEVIATION**2
+            total = data + noise
+            assert (found.l - noise / total).abs().max() < 1e-12
+            assert (found.s == 0).all(), "f does not depend on x: there is no line"
+            # f = -noise/total m and d noise / dlambda = -2 noise; the slope of l is the spline's.
+            exact = 2 * noise * data / total**2 * MEAN
+            inner = slice(points // 4, -points // 4)
+            errors.append((found.b - exact)[inner].abs().max().item())
+        assert errors[1] < 1e-3 and errors[1] < errors[0] / 20
 
 
 def test_statistics_of_a_coupled_gaussian_are_the_closed_form() -> None:
@@ -266,7 +264,8 @@ def test_a_wrong_coefficient_loses_the_order() -> None:
             row = dict(stage.update[place])
             if name in row:
                 seen.add(f"x{place}.{name}")
-                row[name] = row[name] * (1 + 1e-3)
+                # The constant is small by itself, of the order of the step's square.
+                row[name] = row[name] * (-1 if name == "1" else 1 + 1e-3)
             update = (*stage.update[:place], row, *stage.update[place + 1 :])
             return Stage(stage.time, stage.query, update, stage.node)
 
@@ -293,15 +292,14 @@ def test_whole_runs_start_and_end_at_the_ends() -> None:
     for name, schedule in cases.SCHEDULES.items():
         denoiser = cases.oracle("mixture").denoiser(schedule)
         x = torch.randn(4, 2, dtype=torch.float64) * schedule.sigma(1.0).item()
-        for history in (1, 2, 3):
-            for corrector in (False, True):
-                solver = DPMSolverV3.of(measured("mixture"), history, corrector)
-                ends = []
-                for n in (40, 160):
-                    nodes = ef.grids.angle(schedule, n)
-                    ends.append(execute(compiled(solver, name, list(nodes)), denoiser, x))
-                assert torch.isfinite(ends[1]).all()
-                assert (ends[0] - ends[1]).abs().max() < 0.2
+        for history, corrector in ((1, True), (2, False), (3, True)):
+            solver = DPMSolverV3.of(measured("mixture"), history, corrector)
+            ends = []
+            for n in (20, 60):
+                nodes = ef.grids.angle(schedule, n)
+                ends.append(execute(compiled(solver, name, list(nodes)), denoiser, x))
+            assert torch.isfinite(ends[1]).all()
+            assert (ends[0] - ends[1]).abs().max() < 0.2
 
 
 def test_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
@@ -325,7 +323,7 @@ def test_mistakes_are_refused() -> None:
     known = exact_statistics(12)
     with pytest.raises(ValueError, match="history"):
         DPMSolverV3.of(known, 4)
-    with pytest.raises(ValueError, match="ModelStatistics.from_model"):
+    with pytest.raises(ValueError, match=r"ModelStatistics\.from_model"):
         list(DPMSolverV3("v3", 3, 3, "").stages(Levels.of(ef.schedules.Cosine(), [0.9, 0.1])))
     with pytest.raises(ValueError, match="rising"):
         ef.ModelStatistics(known.lambda_.flip(0), known.l, known.s, known.b)
