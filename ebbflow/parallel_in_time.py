@@ -12,8 +12,9 @@ from torch import Tensor
 from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser, require_known
 from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
-from ebbflow.plan import NonFinite, Plan
-from ebbflow.rows import combine, compile_stage
+from ebbflow.finite import NonFinite
+from ebbflow.plan import Plan, require_start
+from ebbflow.rows import combine, compile_stage, on_device
 from ebbflow.solvers import Solver
 
 METHODS: Mapping[str, Method] = {
@@ -93,6 +94,8 @@ def parallel(
         plan = solver.plan(denoiser.schedule, steps, times=times, statistics=denoiser.statistics)
     elif steps is not None or times is not None:
         raise ValueError(f"give at most one of steps, times and plan (steps={steps})")
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{type(plan).__name__} is no plan: this solver's steps are not linear")
     x = _start(denoiser, shape, plan, seed, first_index) if x_init is None else x_init
     if tuple(x.shape) != shape or len(shape) < 2 or shape[0] < 1:
         raise ValueError(f"x_init has shape {tuple(x.shape)}, expected {shape}: (batch, *sample)")
@@ -101,13 +104,14 @@ def parallel(
             raise ValueError(f"{name} requires a gradient, which parallel has not: .detach() it")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
-    registers = plan._initial(denoiser, x)
-    system = _Trajectory(denoiser, plan, registers[0], seed, first_index, batch, condition)
+    x, basis = require_start(plan.schedule, denoiser, x), plan.basis
+    z = x if basis is None else basis.forward(x)
+    system = _Trajectory(denoiser, plan, x, z, seed, first_index, batch, condition)
     try:
         found = solve(
             system,
-            registers,
-            torch.zeros_like(registers[0]),
+            (z,) * plan.registers,
+            torch.zeros_like(z),
             window=window,
             method=method,
             tolerance=tolerance / 10,
@@ -117,11 +121,12 @@ def parallel(
         k = error.t
         raise NonFinite(
             f"the prediction at step {k + 1} of {plan.nfe}, t = {plan.stages[k].time:g}, is not "
-            f"finite (dtype {registers[0].dtype}): check the network's weights and inputs"
+            f"finite (dtype {x.dtype}): check the network's weights and inputs"
         ) from error
     status = "converged" if bool(found.converged.all()) else "stopped"
     evaluations = int(found.evaluations.sum())
-    samples = found.carry[0]
+    end = found.carry[0]
+    samples = end if basis is None else basis.inverse(end, x.shape)
     return ParallelResult(samples, found.calls, evaluations, found.rounds, found.residual, status)
 
 
@@ -145,14 +150,17 @@ class _Trajectory:
         denoiser: Denoiser,
         plan: Plan,
         x: Tensor,
+        z: Tensor,
         seed: int,
         first_index: int,
         batch: int | None,
         condition: Mapping[str, Any],
     ) -> None:
-        self.denoiser, self.plan, self.like, self.batch = denoiser, plan, x, batch
-        self.seed, self.first_index, self.condition = seed, first_index, condition
-        self.programs = [compile_stage(stage, x.dtype) for stage in plan.stages]
+        self.denoiser, self.plan, self.batch, self.condition = denoiser, plan, batch, condition
+        self.like, self.shape = z, x.shape  # z: the start in the plan's coordinates
+        self.seed, self.first_index = seed, first_index
+        programs = (compile_stage(stage, x.dtype) for stage in plan.stages)
+        self.programs = [on_device(program, x.device) for program in programs]
         self.times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
         self.noise: dict[int, Tensor] = {}
 
@@ -190,7 +198,11 @@ class _Trajectory:
             else value
             for name, value in self.condition.items()
         }
-        return self.denoiser.at(self.times[times], queries)(queries, **condition)
+        basis = self.plan.basis
+        if basis is None:
+            return self.denoiser.at(self.times[times], queries)(queries, **condition)
+        states = basis.inverse(queries, torch.Size((len(rows), *self.shape[1:])))
+        return basis.forward(self.denoiser.at(self.times[times], states)(states, **condition))
 
     def advance(
         self, t: int, carry: Carry, query: Tensor, answer: Tensor, rows: Tensor

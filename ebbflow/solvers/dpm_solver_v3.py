@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ebbflow import grids
-from ebbflow.plan import Stage
+from ebbflow.bases import Basis
+from ebbflow.plan import Plan, Stage
+from ebbflow.schedules import Schedule
 from ebbflow.solvers.base import Grid, Levels, Solver, first_order
 from ebbflow.solvers.model_statistics import ModelStatistics
 
@@ -80,7 +82,7 @@ class DPMSolverV3(Solver):
         if history not in (1, 2, 3):
             raise ValueError(f"history must be 1, 2 or 3, got {history!r}")
         nominal = history + 1 if corrector else history
-        # The first step has no past: of order 1 alone, 2 with the corrector; one step costs one less.
+        # The first step has no past: it is of order 1, 2 with the corrector.
         order = min(nominal, 3 if corrector else 2)
         return DPMSolverV3(
             "dpm-solver-v3", order, nominal, PAPER, history, corrector, model_statistics
@@ -93,6 +95,12 @@ class DPMSolverV3(Solver):
     @property
     def grid(self) -> Grid:
         return grids.log_snr
+
+    def compile(self, schedule: Schedule, nodes: grids.Times, statistics: Any) -> Plan:
+        plan = tuple(self.stages(Levels.of(schedule, nodes)))
+        assert self.model_statistics is not None
+        shape = tuple(self.model_statistics.l.shape[1:])
+        return Plan(schedule, nodes[0], plan, self.origin, Basis("identity", shape))
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
         known = self.model_statistics

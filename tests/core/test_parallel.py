@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import ebbflow as ef
+from ebbflow.bases import Basis
+from ebbflow.solvers import Solver
 from tests.laws import cases
 
-PLANS = tuple(name for name, solver in cases.SOLVERS.items() if not solver.adaptive)
+PLANS = tuple(
+    name for name, solver in cases.SOLVERS.items() if type(solver).stages is not Solver.stages
+)
 METHODS = ("jacobi", "gauss-seidel", "anderson")
 SHAPE = (5, 2)
 
@@ -103,6 +108,36 @@ def test_conditions_follow_their_samples_and_calls_keep_to_the_batch() -> None:
     found = ef.parallel(denoiser, SHAPE, plan=plan, x_init=x, batch=16, **condition)
     assert (found.samples - loop).abs().max() < 1e-6
     assert max(sizes) == 16 and sum(sizes) == found.evaluations
+
+
+@pytest.mark.parametrize("kind", ("identity", "cosine", "matrix"))
+def test_plans_in_a_basis(kind: str) -> None:
+    """Coefficients that differ by coordinate, and coordinates that are not the state's."""
+    schedule, shape = ef.schedules.Linear(), (3, 1, 2, 4)
+    denoiser = ef.Denoiser(lambda x, t: torch.tanh(x + t.reshape(-1, 1, 1, 1)), schedule)
+    matrix = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    own = (8,) if kind == "matrix" else shape[1:]
+    basis = Basis(kind, own, matrix if kind == "matrix" else None)
+    scale = torch.rand(own, dtype=torch.float64) / 10 + 0.95
+    plain = ef.solvers.get("ddpm").plan(schedule, 12)
+    stages = tuple(
+        replace(s, update=tuple({n: v * scale for n, v in row.items()} for row in s.update))
+        for s in plain.stages
+    )
+    plan = replace(plain, stages=stages, basis=basis)
+    x = torch.randn(shape, dtype=torch.float64)
+    found = ef.parallel(denoiser, shape, plan=plan, x_init=x, window=5)
+    assert (found.samples - plan.run(denoiser, x)).abs().max() < 1e-6
+    assert (found.samples - plain.run(denoiser, x)).abs().max() > 1e-3
+
+
+def test_steps_that_are_not_linear_are_refused() -> None:
+    class Walk(Solver):
+        def plan(self, *_, **__) -> object:
+            return object()
+
+    with pytest.raises(ValueError, match="not linear"):
+        ef.parallel(mixture(), SHAPE, solver=Walk("walk", 1, 1, ""))
 
 
 def test_the_window_bounds_what_a_round_evaluates() -> None:

@@ -254,7 +254,7 @@ def test_the_stated_order_is_observed(history: int, corrector: bool, schedule: s
 
 def test_a_wrong_coefficient_loses_the_order() -> None:
     solver = DPMSolverV3.of(measured("mixture"))
-    names = {"x0.D", "x0.X", "x0.x1", "x0.x3", "x0.1", "x1.X", "x1.D", "x3.x3", "x3.D", "x3.x1"}
+    names = {"x0.D", "x0.X", "x0.x1", "x0.x3", "x3.1", "x1.X", "x1.D", "x3.x3", "x3.D", "x3.x1"}
     seen = set()
     for site in sorted(names):
         register, name = site.split(".")
@@ -264,7 +264,7 @@ def test_a_wrong_coefficient_loses_the_order() -> None:
             row = dict(stage.update[place])
             if name in row:
                 seen.add(f"x{place}.{name}")
-                # The constant is small by itself, of the order of the step's square.
+                # The constant is of the order of the step's square: its sign, then.
                 row[name] = row[name] * (-1 if name == "1" else 1 + 1e-3)
             update = (*stage.update[:place], row, *stage.update[place + 1 :])
             return Stage(stage.time, stage.query, update, stage.node)
@@ -300,6 +300,24 @@ def test_whole_runs_start_and_end_at_the_ends() -> None:
                 ends.append(execute(compiled(solver, name, list(nodes)), denoiser, x))
             assert torch.isfinite(ends[1]).all()
             assert (ends[0] - ends[1]).abs().max() < 0.2
+
+
+def test_the_plan_runs_as_its_rows_say(tmp_path: Path) -> None:
+    schedule = cases.SCHEDULES["Linear"]
+    denoiser = cases.oracle("mixture").denoiser(schedule)
+    solver = DPMSolverV3.of(measured("mixture"))
+    x = torch.randn(3, 2, dtype=torch.float64)
+    plan = solver.plan(schedule, 12)
+    assert plan.nfe == 12
+    rows = execute(list(plan.stages), denoiser, x)
+    assert (end - rows).abs().max() < 1e-11
+    assert torch.equal(
+        ef.sample(denoiser, (3, 2), solver=solver, steps=12, x_init=x), plan.run(denoiser, x)
+    )
+    plan.save(tmp_path / "plan.json")
+    assert torch.equal(ef.Plan.load(tmp_path / "plan.json").run(denoiser, x), plan.run(denoiser, x))
+    at_once = ef.parallel(denoiser, (3, 2), plan=plan, x_init=x, tolerance=0.0)
+    assert (at_once.samples - rows).abs().max() < 1e-11
 
 
 def test_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
