@@ -184,8 +184,8 @@ class ModelStatistics:
         L, L_end = running(l)
         S, S_end = running(s)
         J, J_end = running(torch.exp(-S) * b)
-        along_way = (values.flatten(0, 1) for values in (L, S, J))
-        return Trace(points, (h[:, None] * weights).flatten(), *along_way, L_end, S_end, J_end)
+        L, S, J = (values.flatten(0, 1) for values in (L, S, J))
+        return Trace(points, (h[:, None] * weights).flatten(), L, S, J, L_end, S_end, J_end)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
@@ -276,13 +276,12 @@ class _Measure:
             noisy = (x - alpha * self.denoiser(x, t, **self.condition)) / sigma
             velocity = growth / speed * x - sigma * noisy
             clock = t.repeat(len(x))
-            D, rate = torch.func.jvp(
-                lambda x, t: self.denoiser(x, t, **self.condition),
-                (x, clock),
-                (velocity, torch.full_like(clock, 1 / speed)),
+            tangents = (velocity, torch.full_like(clock, 1 / speed))
+            out = torch.func.jvp(
+                lambda x, t: self.denoiser(x, t, **self.condition), (x, clock), tangents
             )
             y, y_rate = x.double().cpu() / alpha, -sigma / alpha * noisy.double().cpu()
-            D, rate = D.double().cpu(), rate.double().cpu()
+            D, rate = out[0].double().cpu(), out[1].double().cpu()
             f = (1 - l) * y - D
             f_rate = (1 - l) * y_rate - slope * y - rate
             size = ((1 - l) * y) ** 2 + D**2
