@@ -67,7 +67,7 @@ STOP = 0.011
 
 
 def run_peers(
-    case: Case, peers: Sequence[Peer], budgets: Sequence[int], advance: Callable[[], None]
+    case: Case, peers: Sequence[Peer], budgets: Sequence[int]
 ) -> tuple[list[Row], dict[str, int]]:
     """Rows of every peer at every budget, and how many runs of each library are not among them.
 
@@ -80,7 +80,6 @@ def run_peers(
         best: dict[str, tuple[Row, Tensor]] = {}
         for peer in peers:
             scored = _score(case, peer, budget)
-            advance()
             if scored is None:
                 unscored[peer.library] = unscored.get(peer.library, 0) + 1
                 continue
