@@ -16,9 +16,6 @@ GREY = "#9a9a9a"
 PALE = "#d5d5d5"
 NAMED = 5
 """Peers that are named, the best ones; the others are drawn without a name."""
-OWN = 8
-"""Of our solvers, besides the default, as many as there are colours."""
-
 Line = list[tuple[float, float]]
 """(evaluations, error), by rising evaluations."""
 
@@ -97,7 +94,7 @@ def figure(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
     settings = list(dict.fromkeys(row.setting for row in rows))
-    whole = Figure(figsize=(6.4 * len(settings), 5.4), dpi=130, layout="none")
+    whole = Figure(figsize=(6.4 * len(settings), 5.4), dpi=130)
     FigureCanvasAgg(whole)
     panels = whole.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     width = 6.4 * len(settings)
@@ -105,13 +102,18 @@ def figure(rows: Sequence[Row]) -> Any:
         left=0.8 / width, right=1 - 2.3 / width, wspace=2.7 / 3.9, top=0.88, bottom=0.13
     )
     names: list[Any] = []
+    colours = _colours(rows)
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
     for axes, setting in zip(panels, settings, strict=True):
         drawn = lines(rows, setting)
         problems = sorted({row.problem for row in rows if row.setting == setting})
         axes.set_title(f"{setting}: {', '.join(problems)}", loc="left", fontsize=9)
-        names.append(_panel(axes, drawn))
+        names.append(_panel(axes, drawn, colours, budgets))
     panels[0].set_ylabel("root mean square error (geometric mean of problems)", fontsize=9)
-    whole.suptitle("Error at equal noise against evaluations", x=0.8 / width, ha="left")
+    title = "Error at the same noise against evaluations"
+    if any(row.library != OURS for row in rows):
+        title += "; grey: other libraries, each at its best options"
+    whole.suptitle(f"{title}; dotted: the front", x=0.8 / width, ha="left", fontsize=10)
     whole.canvas.draw()
     for axes, labels in zip(panels, names, strict=True):
         _label(axes, labels)
@@ -125,7 +127,19 @@ def save(rows: Sequence[Row], path: Path) -> None:
         picture.savefig(temporary, format="png")
 
 
-def _styles(drawn: Mapping[tuple[str, str], Line]) -> dict[tuple[str, str], dict[str, Any]]:
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each of our best solvers besides the default, the same in every panel."""
+    errors: dict[str, list[float]] = {}
+    for row in rows:
+        if row.library == OURS and row.rms and row.method not in (AUTO, PLAIN):
+            errors.setdefault(row.method, []).append(row.rms)
+    ranked = sorted(errors, key=lambda name: geometric_mean(errors[name]))
+    return dict(zip(ranked, COLOURS, strict=False))
+
+
+def _styles(
+    drawn: Mapping[tuple[str, str], Line], colours: Mapping[str, str]
+) -> dict[tuple[str, str], dict[str, Any]]:
     """How each line looks; `named` says whether it gets its name."""
     rank = {key: geometric_mean(error for _, error in line) for key, line in drawn.items()}
     ours = sorted((key for key in drawn if key[0] == OURS), key=rank.__getitem__)
@@ -135,27 +149,31 @@ def _styles(drawn: Mapping[tuple[str, str], Line]) -> dict[tuple[str, str], dict
         near = n < NAMED
         look = {"color": GREY if near else PALE, "lw": 1.1 if near else 0.7, "zorder": 2 - n / 99}
         styles[key] = {**look, "marker": "o" if near else "", "ms": 2.5, "named": near}
-    colours = iter(COLOURS)
     for key in ours:
         if key[1] in (AUTO, PLAIN):
             dashed = "--" if key[1] == PLAIN else "-"
             look = {"color": FIRST, "lw": 2.4 if key[1] == AUTO else 1.6, "ls": dashed}
             styles[key] = {**look, "marker": "o", "ms": 4.5, "zorder": 5, "named": True}
             continue
-        colour = next(colours, None)
+        colour = colours.get(key[1])
         look = {"color": colour or "#bcd3e6", "lw": 1.3 if colour else 0.8, "zorder": 3}
         styles[key] = {**look, "marker": "o", "ms": 3, "named": colour is not None}
     return styles
 
 
-def _panel(axes: Any, drawn: Mapping[tuple[str, str], Line]) -> list[tuple[str, Any, Any, bool]]:
+def _panel(
+    axes: Any,
+    drawn: Mapping[tuple[str, str], Line],
+    colours: Mapping[str, str],
+    budgets: Sequence[int],
+) -> list[tuple[str, Any, Any, bool]]:
     """Draw the lines; the names to write: (text, end of the line, colour, bold)."""
     from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
     axes.set_xscale("log")
     axes.set_yscale("log")
     names = []
-    for key, style in _styles(drawn).items():
+    for key, style in _styles(drawn, colours).items():
         named = style.pop("named")
         spent, errors = zip(*drawn[key], strict=True)
         axes.plot(spent, errors, **style)
@@ -166,9 +184,7 @@ def _panel(axes: Any, drawn: Mapping[tuple[str, str], Line]) -> list[tuple[str, 
     if len(best) > 1:
         spent, errors = zip(*best, strict=True)
         axes.step(spent, errors, where="post", color="black", lw=0.7, ls=":", zorder=6)
-    ticks = sorted({round(spent) for line in drawn.values() for spent, _ in line})
-    apart = [tick for n, tick in enumerate(ticks) if n == 0 or tick > 1.12 * ticks[n - 1]]
-    axes.set_xticks(apart)
+    axes.set_xticks(budgets)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -207,5 +223,12 @@ def _label(axes: Any, names: list[tuple[str, Any, Any, bool]]) -> None:
             fontweight="bold" if bold else "normal",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.5,
+                "color": colour,
+                "shrinkA": 2,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
         )

@@ -14,10 +14,10 @@ The rules, for every sampler of every library:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class Reference:
         levels += [self.floor ** (k / half) for k in range(half + 1)]
         self.levels = levels
         self.states = [self.start]
-        for high, low in zip(levels, levels[1:], strict=False):
+        for high, low in pairwise(levels):
             self.states.append(self._step(self.states[-1], high, low))
         self.end = self.model(self.states[-1], *_unit(self.floor))
         self.stored: dict[float, Tensor] = {0.0: self.end}
@@ -247,7 +247,7 @@ class Case:
     ) -> Row:
         """Score the end (x, alpha, sigma) of one run."""
         x, alpha, sigma = end
-        figures = (None,) * 5
+        figures: tuple[float | None, ...] = (None,) * 5
         if not stochastic:
             e = self.errors(x, alpha, sigma)
             figures = (
@@ -265,14 +265,12 @@ class Case:
             configuration,
             budget,
             evaluations,
-            *figures,
-            None,
-            None,
-            None,
-            seconds,
-            sigma / alpha,
-            self.count,
-        )
+            *figures,  # rms to flipped
+            *(None, None, None),
+            seconds=seconds,
+            stops=sigma / alpha,
+            samples=self.count,
+        )  # pyright: ignore[reportCallIssue]
         return self.with_distances(row, x / alpha) if distances else row
 
     def with_distances(self, row: Row, samples: Tensor) -> Row:

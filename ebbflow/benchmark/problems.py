@@ -46,9 +46,10 @@ class Problem:
     """A denoiser on the schedule of one setting.
 
     wide: the same denoiser where it reaches the most noise levels; it answers the peers and the
-    reference. deviation: of the data, that of the reference's samples unless known. distances: of samples (n, *shape) to fresh data, by seed.
-    floor: sigma/alpha below which the denoiser's own answer is the end of the path. condition: made
-    for a number of samples.
+    reference. deviation: of the data; that of the reference's samples unless known. distances: of
+    samples (n, *shape) to fresh data, by seed. floor: sigma/alpha below which the denoiser's own
+    answer is the end of the path. tolerance: of the reference, in deviations. condition: made for a
+    number of samples.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Problem:
     floor: float = 1e-4
     tolerance: float = 1e-5
     dtype: torch.dtype = torch.float64
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     condition: Callable[[int], Mapping[str, Any]] = field(default=lambda count: {})
 
     def bare(self) -> Problem:
@@ -175,7 +176,7 @@ def of_denoiser(
     name: str,
     denoiser: Denoiser,
     labels: Sequence[int] = (),
-    device: torch.device = torch.device("cpu"),
+    device: str = "cpu",
 ) -> Problem:
     """A model on its own schedule; sample i has the class `labels[i % len(labels)]`.
 

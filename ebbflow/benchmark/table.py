@@ -25,7 +25,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def leaders(rows: Sequence[Row], peers: int = 8) -> list[Row]:
-    """Our rows, and of the `peers` best samplers of other libraries their best row at each budget."""
+    """Our rows, and the best ones at each budget of the `peers` best samplers elsewhere."""
     best: dict[tuple[str, int | None], Row] = {}
     for row in rows:
         if row.library != OURS and row.rms is not None:

@@ -8,9 +8,9 @@ Examples:
   ebbflow benchmark --model fashion-mnist --count 64    a network, with its Fréchet distance
 
 The errors are root mean squares over coordinates, of each sample to the exact path from the same
-noise; a sample is flipped when it is off by more than a tenth of the data's deviation. Everything is
-in benchmark.csv, the Pareto front in benchmark.png. Samplers of other libraries run over all their
-grids, at the same evaluations of the same model; their best one is chosen on the scored samples.
+noise; a sample is flipped when it is off by more than a tenth of the data's deviation. Everything
+is in benchmark.csv, the Pareto front in benchmark.png. Samplers of other libraries run over all
+their grids, at the same evaluations of the same model; the best is chosen on the scored samples.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _open(name: str, device: str) -> Problem:
 
     denoiser = open_model(name, torch.device(device))
     labels = range(classes_of(denoiser))
-    problem = of_denoiser(Path(name).name, denoiser, labels, torch.device(device))
+    problem = of_denoiser(Path(name).name, denoiser, labels, device)
     same = [key for key, make in SETTINGS.items() if make() == denoiser.schedule]
     return replace(problem, setting=same[0]) if same else problem
 

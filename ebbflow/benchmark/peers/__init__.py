@@ -52,7 +52,7 @@ def gather(
     case: Case,
     libraries: Mapping[str, Callable[[Case], Iterator[tuple[str, str, Run]]]] = LIBRARIES,
 ) -> tuple[list[Peer], dict[str, str]]:
-    """Every configuration that fits the case, and the libraries that are missing with the reason."""
+    """Every configuration that fits the case, and the missing libraries with the reason."""
     found, missing = [], {}
     for library, samplers in libraries.items():
         try:
@@ -83,7 +83,7 @@ def run_peers(
             if scored is None:
                 unscored[peer.library] = unscored.get(peer.library, 0) + 1
                 continue
-            row, samples = scored
+            row = scored[0]
             other = best.get(row.name)
             if other is None or _rms(row) < _rms(other[0]):
                 if other is not None:

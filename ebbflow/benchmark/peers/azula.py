@@ -1,4 +1,4 @@
-"""azula: every sampler on every schedule; a schedule is a grid, and steps are uniform in its time."""
+"""azula: every sampler on every schedule; a schedule is a grid, with steps uniform in its time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Asked:
 
 
 def samplers(case: Case) -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Every sampler and order on azula's five schedules and EDM's grid, set to the case's levels."""
+    """Every sampler and order on azula's five schedules and EDM's grid, at the case's levels."""
     library = imports.azula()
     noise, high = library.noise, top(case)
     low = lows(case)[0]

@@ -11,7 +11,7 @@ TOP = 80.0
 
 
 def top(case: Case) -> float:
-    """The largest sigma/alpha of a peer's grid: the process' own, or `TOP` where that is infinite."""
+    """The largest sigma/alpha of a peer's grid: the process' own, `TOP` where that is infinite."""
     return TOP if math.isinf(case.top) else case.top
 
 
