@@ -33,7 +33,8 @@ class Outcome:
     """Rows of one case; `missing` libraries with the reason; `unscored` runs of each library.
 
     reference: the estimated root mean square error of the reference, in deviations of the data.
-    configurations: of the peers.
+    configurations: of the peers. idle: our solvers that no budget sufficed for, or that need what
+    the model does not have.
     """
 
     problem: str
@@ -44,6 +45,7 @@ class Outcome:
     configurations: int = 0
     missing: dict[str, str] = field(default_factory=dict)
     unscored: dict[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
 
 def measure(job: Job, advance: Callable[[], None] = lambda: None) -> Outcome:
@@ -52,17 +54,21 @@ def measure(job: Job, advance: Callable[[], None] = lambda: None) -> Outcome:
     error = case.reference.error
     advance()
     rows: list[Row] = []
+    idle: list[str] = []
     for name in job.solvers:
-        rows += run_ours(case, name, job.budgets)
+        found = run_ours(case, name, job.budgets)
+        rows += found
+        if not found:
+            idle.append(name)
         advance()
     configurations, missing, unscored = 0, {}, {}
     if job.peers:
         from ebbflow.benchmark.peers import gather, run_peers
 
-        found, missing = gather(case)
-        configurations = len(found)
+        peers, missing = gather(case)
+        configurations = len(peers)
         for budget in job.budgets:
-            theirs, left = run_peers(case, found, (budget,))
+            theirs, left = run_peers(case, peers, (budget,))
             rows += theirs
             unscored = {k: unscored.get(k, 0) + left.get(k, 0) for k in {*unscored, *left}}
             advance()
@@ -76,6 +82,7 @@ def measure(job: Job, advance: Callable[[], None] = lambda: None) -> Outcome:
         configurations,
         missing,
         unscored,
+        tuple(idle),
     )
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ebbflow import noise, solvers
 from ebbflow.benchmark.problems import Problem
-from ebbflow.denoiser import Denoiser
 from ebbflow.sampling import sample
 from ebbflow.solvers import Solver
 
@@ -289,12 +288,14 @@ def solver_called(name: str) -> Solver:
 def run_ours(case: Case, name: str, budgets: Sequence[int]) -> list[Row]:
     """Rows of one of our solvers, through `ebbflow.sample` like any user's.
 
-    An adaptive solver is asked for each of `TOLERANCES` instead of being given a budget. Budgets
-    that do not suffice for one step are left out.
+    An adaptive solver is asked for each of `TOLERANCES` instead of being given a budget. A budget
+    that does not suffice for one step is left out, and so is a solver that needs what the model
+    does not have.
     """
     problem = case.problem.bare() if name == PLAIN else case.problem
     solver = solver_called(name)
-    if "statistics" in solver.needs and problem.denoiser.statistics is None:
+    has = {"jvp"} | ({"statistics"} if problem.denoiser.statistics is not None else set())
+    if not solver.needs <= has:
         return []
     if solver.adaptive:
         settings = [
@@ -302,13 +303,17 @@ def run_ours(case: Case, name: str, budgets: Sequence[int]) -> list[Row]:
             for tolerance in TOLERANCES
         ]
     else:
-        settings = [("", nfe, solver) for nfe in budgets if nfe >= least(solver, problem.denoiser)]
+        settings = [("", nfe, solver) for nfe in budgets if _suffices(nfe, solver, problem)]
     return [_run(case, problem, name, *setting) for setting in settings]
 
 
-def least(solver: Solver, denoiser: Denoiser) -> int:
-    """Evaluations of one step."""
-    return solver.plan(denoiser.schedule, 1, statistics=denoiser.statistics).nfe
+def _suffices(nfe: int, solver: Solver, problem: Problem) -> bool:
+    denoiser = problem.denoiser
+    try:
+        solver.largest(denoiser.schedule, nfe, denoiser.statistics)
+    except ValueError:
+        return False
+    return True
 
 
 def _run(

@@ -216,6 +216,11 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
         for name, runs in unscored.items()
     ]
     notes += [
+        f"{name} was left out of {o.problem} {o.setting}: no budget suffices, or it needs statistics"
+        for o in outcomes
+        for name in o.idle
+    ]
+    notes += [
         f"{o.problem} {o.setting}: the reference itself is off by {o.reference:.1g} deviations"
         for o in outcomes
         if o.reference > 1e-3
