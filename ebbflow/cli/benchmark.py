@@ -216,7 +216,7 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
         for name, runs in unscored.items()
     ]
     notes += [
-        f"{name} was left out of {o.problem} {o.setting}: no budget suffices, or it needs statistics"
+        f"{name} was left out of {o.problem} {o.setting}: its budgets or statistics do not suffice"
         for o in outcomes
         for name in o.idle
     ]

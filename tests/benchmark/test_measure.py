@@ -71,7 +71,15 @@ def test_figures_of_known_errors() -> None:
     assert row.sliced is not None
     # In another frame and at another level, the exact state has no error.
     level = case.reference.at(0.3)
-    scaled = case.row("other", "m", "c", 7, 7.0, 1.0, (5 * level, 5 / math.hypot(1, 0.3), 1.5 / math.hypot(1, 0.3)))
+    scaled = case.row(
+        "other",
+        "m",
+        "c",
+        7,
+        7.0,
+        1.0,
+        (5 * level, 5 / math.hypot(1, 0.3), 1.5 / math.hypot(1, 0.3)),
+    )
     assert scaled.rms == pytest.approx(0, abs=1e-12)
 
 

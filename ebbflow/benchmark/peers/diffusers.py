@@ -92,6 +92,7 @@ HATS = [{"solver_type": "bh2"}, {"solver_type": "bh1", "final_sigmas_type": "sig
 TARGETS = [{"predict_x0": value} for value in (True, False)]
 ADAMS = [{"predictor_order": k, "corrector_order": k} for k in (2, 3)]
 ONES = [{"set_alpha_to_one": value} for value in (True, False)]
+WHOLE = [{"clip_sample": False}]
 PNDM = [{"skip_prk_steps": True}]
 EDM = [{"sigma_schedule": name, "rho": 7.0} for name in ("karras", "exponential")]
 NOISE_FORM = [{"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}]
@@ -100,7 +101,7 @@ SPAN = [{"sigma_min": 0.002, "sigma_max": 80.0, "use_karras_sigmas": True}]
 Options = list[dict[str, Any]]
 SCHEDULERS: dict[str, tuple[tuple[str, str, tuple[Options, ...]], ...]] = {
     "vp": (
-        ("DDIM", "chain", (SPACINGS, ONES)),
+        ("DDIM", "chain", (WHOLE, SPACINGS, ONES)),
         ("PNDM", "chain", (PNDM, SPACINGS, ONES)),
         ("DPMSolverMultistep", "sigmas", (ORDERS, KINDS, ENDS, [*SPACINGS, *SHAPES, *LU])),
         ("DPMSolverMultistep", "sigmas", (ORDERS, NOISE_FORM, [*SPACINGS, *SHAPES[:2]])),
