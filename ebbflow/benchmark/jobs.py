@@ -33,8 +33,7 @@ class Outcome:
     """Rows of one case; `missing` libraries with the reason; `unscored` runs of each library.
 
     reference: the estimated root mean square error of the reference, in deviations of the data.
-    configurations: of the peers. idle: our solvers that no budget sufficed for, or that need what
-    the model does not have.
+    configurations: of the peers. idle: our solvers that could not run, with the reason.
     """
 
     problem: str
@@ -45,21 +44,24 @@ class Outcome:
     configurations: int = 0
     missing: dict[str, str] = field(default_factory=dict)
     unscored: dict[str, int] = field(default_factory=dict)
-    idle: tuple[str, ...] = ()
+    idle: dict[str, str] = field(default_factory=dict)
 
 
 def measure(job: Job, advance: Callable[[], None] = lambda: None) -> Outcome:
     """Do one job here."""
     case = Case(job.problem(), job.count, job.seed)
-    error = case.reference.error
+    accuracy = case.reference.error
     advance()
     rows: list[Row] = []
-    idle: list[str] = []
+    idle: dict[str, str] = {}
     for name in job.solvers:
-        found = run_ours(case, name, job.budgets)
-        rows += found
+        try:
+            found = run_ours(case, name, job.budgets)
+        except (ValueError, ArithmeticError) as error:
+            found, idle[name] = [], str(error)  # one solver that cannot does not stop the others
         if not found:
-            idle.append(name)
+            idle.setdefault(name, "its budgets or statistics do not suffice")
+        rows += found
         advance()
     configurations, missing, unscored = 0, {}, {}
     if job.peers:
@@ -77,12 +79,12 @@ def measure(job: Job, advance: Callable[[], None] = lambda: None) -> Outcome:
         problem.name,
         problem.setting,
         rows,
-        error,
+        accuracy,
         case.deviation,
         configurations,
         missing,
         unscored,
-        tuple(idle),
+        idle,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -67,15 +68,8 @@ class Problem:
 
     def bare(self) -> Problem:
         """The same without statistics."""
-        plain = Denoiser(
-            self.denoiser.net,
-            self.denoiser.schedule,
-            self.denoiser.prediction,
-            self.denoiser.shape,
-            None,
-            self.denoiser.time,
-            self.denoiser.sigma_data,
-        )
+        plain = copy(self.denoiser)  # shares the network
+        plain.statistics = None
         return replace(self, denoiser=plain)
 
 
@@ -151,16 +145,16 @@ def of_law(name: str, setting: str, law: Law) -> Problem:
     """A problem from any oracle."""
     statistics = _statistics(law)
     schedule = SETTINGS[setting]()
-    exact = law.denoiser(schedule)
-    carries = Denoiser(exact.net, schedule, shape=exact.shape, statistics=statistics)
-    assert exact.shape is not None
+    denoiser = law.denoiser(schedule)
+    denoiser.statistics = statistics
+    assert denoiser.shape is not None
     variance = statistics.covariance().diagonal().mean().item()
     return Problem(
         name,
         setting,
-        carries,
+        denoiser,
         law.denoiser(Linear()),
-        exact.shape,
+        denoiser.shape,
         math.sqrt(variance),
         partial(_to_law, law),
     )

@@ -216,9 +216,9 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
         for name, runs in unscored.items()
     ]
     notes += [
-        f"{name} was left out of {o.problem} {o.setting}: its budgets or statistics do not suffice"
+        f"{name} was left out of {o.problem} {o.setting}: {why}"
         for o in outcomes
-        for name in o.idle
+        for name, why in o.idle.items()
     ]
     notes += [
         f"{o.problem} {o.setting}: the reference itself is off by {o.reference:.1g} deviations"

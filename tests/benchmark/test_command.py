@@ -111,6 +111,23 @@ def test_models_by_name_come_with_their_own_schedule() -> None:
     assert network.distances is not None
 
 
+def test_a_solver_that_cannot_run_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_ours(case: object, name: str, budgets: object) -> list[str]:
+        if name == "heun":
+            raise FloatingPointError("the state is not finite")
+        return [] if name == "edm" else [name]
+
+    monkeypatch.setattr(jobs, "run_ours", run_ours)
+    job = jobs.Job(partial(oracle, "mixture-2d", "edm"), ("heun", "edm", "ddim"), (5,), 8, 0)
+    outcome = jobs.measure(job)
+    assert outcome.rows == ["ddim"]
+    assert outcome.idle["heun"] == "the state is not finite"
+    assert "do not suffice" in outcome.idle["edm"]
+    assert any("heun was left out" in note for note in benchmark._notes([outcome]))
+
+
 @pytest.mark.slow
 def test_processes_side_by_side_give_the_same_rows() -> None:
     """In one process, `test_one_run_prints_a_table_and_writes_both_files`."""

@@ -179,6 +179,8 @@ def test_no_two_names_in_the_figure_overlap(tmp_path: Path) -> None:
     renderer = whole.canvas.get_renderer()
     texts = [text for axes in whole.axes for text in axes.texts]
     assert len(texts) == 2 * (5 + draw.NAMED)
+    for text in texts:
+        text.update_positions(renderer)
     # The extent of the text alone: an annotation's own includes its line.
     boxes = [text_module.Text.get_window_extent(text, renderer) for text in texts]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
