@@ -337,7 +337,7 @@ def _run(
         name,
         configuration,
         budget,
-        float(result.nfe),
+        result.evaluations.double().mean().item() if solver.adaptive else float(result.nfe),
         result.seconds,
         end,
         stochastic=solver.stochastic,

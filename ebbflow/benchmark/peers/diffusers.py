@@ -87,7 +87,11 @@ SHIFTS = [{"shift": shift} for shift in (1.0, 2.0, 3.0)]
 SHIFTED = [{"use_flow_sigmas": True, "flow_shift": shift} for shift in (1.0, 2.0, 3.0)]
 ORDERS = [{"solver_order": order} for order in (2, 3)]
 ENDS = [{"final_sigmas_type": end} for end in ("zero", "sigma_min")]
-KINDS = [{"solver_type": kind} for kind in ("midpoint", "heun")]
+FORMS = [
+    {"solver_order": 2, "solver_type": "midpoint"},
+    {"solver_order": 2, "solver_type": "heun"},
+    {"solver_order": 3},  # of one kind
+]
 HATS = [{"solver_type": "bh2"}, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}]
 TARGETS = [{"predict_x0": value} for value in (True, False)]
 ADAMS = [{"predictor_order": k, "corrector_order": k} for k in (2, 3)]
@@ -103,7 +107,7 @@ SCHEDULERS: dict[str, tuple[tuple[str, str, tuple[Options, ...]], ...]] = {
     "vp": (
         ("DDIM", "chain", (WHOLE, SPACINGS, ONES)),
         ("PNDM", "chain", (PNDM, SPACINGS, ONES)),
-        ("DPMSolverMultistep", "sigmas", (ORDERS, KINDS, ENDS, [*SPACINGS, *SHAPES, *LU])),
+        ("DPMSolverMultistep", "sigmas", (FORMS, ENDS, [*SPACINGS, *SHAPES, *LU])),
         ("DPMSolverMultistep", "sigmas", (ORDERS, NOISE_FORM, [*SPACINGS, *SHAPES[:2]])),
         ("DPMSolverSinglestep", "sigmas", (ORDERS, ENDS, [{}, *SHAPES])),
         ("UniPCMultistep", "sigmas", (ORDERS, HATS, [*SPACINGS, *SHAPES])),
@@ -116,14 +120,14 @@ SCHEDULERS: dict[str, tuple[tuple[str, str, tuple[Options, ...]], ...]] = {
     ),
     "edm": (
         ("EDMEuler", "edm", (EDM, ENDS)),
-        ("EDMDPMSolverMultistep", "edm", (EDM, ORDERS, KINDS, ENDS)),
+        ("EDMDPMSolverMultistep", "edm", (EDM, FORMS, ENDS)),
         ("UniPCMultistep", "sigmas", (SPAN, ORDERS, [*HATS, *ENDS[1:]], TARGETS)),
         ("IPNDM", "angles", ()),
     ),
     "flow": (
         ("FlowMatchEulerDiscrete", "flow", (SHIFTS, [{}, *SHAPES])),
         ("FlowMatchHeunDiscrete", "flow", (SHIFTS,)),
-        ("DPMSolverMultistep", "sigmas", (ORDERS, KINDS, SHIFTED)),
+        ("DPMSolverMultistep", "sigmas", (FORMS, SHIFTED)),
         ("UniPCMultistep", "sigmas", (ORDERS, TARGETS, SHIFTED)),
         ("DEISMultistep", "sigmas", (ORDERS, SHIFTED)),
         ("SASolver", "sigmas", (ADAMS, SHIFTED)),
