@@ -215,7 +215,7 @@ def _label(axes: Any, names: list[tuple[str, Any, Any, bool]]) -> None:
         y = (place - over + under - box.y0) / box.height
         axes.annotate(
             text,
-            xy=end,
+            xy=(end[0], min(end[1], axes.get_ylim()[1])),
             xytext=(1.05, y),
             textcoords="axes fraction",
             fontsize=size,
