@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import sys
 
-from tests.laws.cases import DETERMINISTIC, SCHEDULES, SOLVERS, maker
-from tests.laws.test_order import CASES, errors, slope
+from tests.laws.cases import DETERMINISTIC, LAWS, SCHEDULES, SOLVERS, maker
+from tests.laws.test_order import errors, slope
 
 
 def main(names: list[str]) -> None:
-    print(f"{'solver':<18}{'stated':>7}  " + "".join(f"{name:>8}" for name in SCHEDULES))
+    columns = "".join(f"{name:>8}" for name in (*SCHEDULES, "least"))
+    print(f"{'solver':<20}{'stated':>7}{'paper':>7}{columns}")
     for name in names or DETERMINISTIC:
-        make = maker(SOLVERS[name])
-        observed = {case: slope(errors(make, case)) for case in CASES}
-        for law in ("gaussian", "mixture"):
-            row = "".join(f"{observed[law, schedule]:>8.2f}" for schedule in SCHEDULES)
-            print(f"{name:<18}{SOLVERS[name].order:>7}  {row}  {law}")
+        solver = SOLVERS[name]
+        found = {schedule: errors(maker(solver), schedule) for schedule in SCHEDULES}
+        for law in LAWS:
+            observed = [slope(found[schedule][law]) for schedule in SCHEDULES]
+            row = "".join(f"{value:>8.2f}" for value in (*observed, min(observed)))
+            print(f"{name:<20}{solver.order:>7}{solver.nominal_order:>7}{row}  {law}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ import builtins
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
-from ebbflow.solvers import ddim, edm, multistep, runge_kutta
+from ebbflow.solvers import (
+    adams,
+    ddim,
+    edm,
+    momentum,
+    multistep,
+    pndm,
+    runge_kutta,
+    singlestep,
+    unipc,
+)
 from ebbflow.solvers.base import Levels as Levels
 from ebbflow.solvers.base import Solver as Solver
 from ebbflow.solvers.dpm_solver_v3 import DPMSolverV3 as DPMSolverV3
@@ -23,6 +33,35 @@ _SOLVERS = {
         multistep.two,
         multistep.three,
         multistep.sde,
+        singlestep.dpm_2,
+        singlestep.dpm_3,
+        singlestep.pp_2s,
+        singlestep.pp_3s,
+        singlestep.rho_midpoint,
+        singlestep.rho_kutta,
+        singlestep.rho_rk4,
+        adams.dpm_2m,
+        adams.dpm_3m,
+        adams.deis_tab1,
+        adams.deis_tab2,
+        adams.deis_tab3,
+        adams.deis_rhoab1,
+        adams.deis_rhoab2,
+        adams.deis_rhoab3,
+        adams.deis_logrhoab1,
+        adams.ipndm2,
+        adams.ipndm3,
+        adams.ipndm4,
+        pndm.s_pndm,
+        pndm.f_pndm,
+        unipc.b1_2,
+        unipc.b2_2,
+        unipc.b1_3,
+        unipc.b2_3,
+        momentum.heavy_ball,
+        momentum.ghvb2,
+        momentum.ghvb3,
+        momentum.ghvb4,
     )
 }
 

@@ -11,41 +11,13 @@ is exact; a method is a rule for D between its known values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ebbflow import grids
 from ebbflow.plan import Stage
 from ebbflow.solvers.base import Grid, Levels, Solver
-
-Rule = Callable[[Sequence[float], float, float], list[float]]
-"""`rule(u, h, rate)`: weights of D at the offsets u (u[0] = 0, then the past, negative)."""
-
-
-def midpoint(u: Sequence[float], h: float, rate: float) -> list[float]:
-    """D is its linear extrapolation at the middle of the step."""
-    total = -math.expm1(-rate * h)
-    if len(u) == 1:
-        return [total]
-    ratio = -h / (2 * u[1])
-    return [total * (1 + ratio), -total * ratio]
-
-
-def polynomial(u: Sequence[float], h: float, rate: float) -> list[float]:
-    """D is the polynomial through its known values, integrated exactly."""
-    integrals = [-math.expm1(-rate * h)]
-    for power in range(1, len(u)):
-        integrals.append(h**power - power / rate * integrals[-1])
-    weights = []
-    for j, node in enumerate(u):
-        basis = [1.0]  # the Lagrange polynomial of node j, by rising powers
-        for other in (v for i, v in enumerate(u) if i != j):
-            scale = 1 / (node - other)
-            shifted = [0.0, *(c * scale for c in basis)]
-            basis = [s - c * other * scale for s, c in zip(shifted, [*basis, 0.0], strict=True)]
-        weights.append(sum(c * i for c, i in zip(basis, integrals, strict=True)))
-    return weights
-
+from ebbflow.solvers.interpolation import Rule, midpoint, polynomial
 
 @dataclass(frozen=True)
 class Multistep(Solver):
@@ -92,11 +64,11 @@ class Multistep(Solver):
             weights = self.rule(u, h, 1 + noise)
             a = sigma[k + 1] / sigma[k] * (math.exp(-noise * h) if noise else 1.0)
             row = [alpha[k + 1] * w for w in weights]
-            if self.corrected_start and k == 1 and len(row) == 2:
-                first = lambda_[1] - lambda_[0]
+            if self.corrected_start and len(previous) == 1 and len(row) == 2:
+                first = lambda_[k] - lambda_[k - 1]
                 late, early = self.rule([0.0, first], first, 1 + noise)[::-1]
-                row[0] += a * alpha[1] * late
-                row[1] += a * alpha[1] * (early - previous[0])
+                row[0] += a * alpha[k] * late
+                row[1] += a * alpha[k] * (early - previous[0])
             previous = weights
             update = {"x0": a} | {("D", "x1", "x2")[j]: w for j, w in enumerate(row)}
             if noise and sigma[k + 1]:

@@ -6,6 +6,7 @@ solves, and the probability-flow ODE under an adaptive eighth-order method.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ LEVELS: dict[str, Callable[[float], Levels]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """A Gaussian mixture: means (K, d), covariances (K, d, d), weights (K,)."""
 
@@ -89,20 +90,26 @@ class Mixture:
 
     def posterior_mean(self, x: Array, alpha: float, sigma: float) -> Array:
         """E[x_0 | alpha x_0 + sigma eps = x], (B, d)."""
-        logs, solved = self._joint(x, alpha, sigma)
+        logs, away, gain = self._joint(x, alpha, sigma)
         share = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
-        each = self.means[:, None] + alpha * np.einsum("kij,kjb->kbi", self.covariances, solved)
-        return np.einsum("kb,kbi->bi", share, each)
+        each = self.means[:, :, None] + gain @ away
+        return (share[:, None] * each).sum(0).T
 
-    def _joint(self, x: Array, alpha: float, sigma: float) -> tuple[Array, Array]:
-        """log(weight p(x | k)) (K, B), and S⁻¹ (x - alpha mean) (K, d, B)."""
+    def _joint(self, x: Array, alpha: float, sigma: float) -> tuple[Array, Array, Array]:
+        """log(weight p(x | k)) (K, B), x - alpha mean (K, d, B), and its gain (K, d, d)."""
+        inverse, gain, norm = self._at(alpha, sigma)
+        away = x.T - alpha * self.means[:, :, None]
+        logs = -0.5 * ((away * (inverse @ away)).sum(1) + norm[:, None])
+        return np.log(self.weights)[:, None] + logs, away, gain
+
+    @functools.lru_cache(maxsize=2**14)  # noqa: B019  the laws live as long as the tests
+    def _at(self, alpha: float, sigma: float) -> tuple[Array, Array, Array]:
+        """Of S = alpha^2 C + sigma^2: its inverse, alpha C S^-1, and log det(2 pi S)."""
         d = self.means.shape[1]
         total = alpha**2 * self.covariances + sigma**2 * np.eye(d)
-        away = np.swapaxes(x[None] - alpha * self.means[:, None], 1, 2)
-        solved = np.linalg.solve(total, away)
+        inverse = np.linalg.inv(total)
         norm = np.log(np.linalg.det(total)) + d * math.log(2 * math.pi)
-        logs = -0.5 * (np.einsum("kib,kib->kb", away, solved) + norm[:, None])
-        return np.log(self.weights)[:, None] + logs, solved
+        return inverse, alpha * self.covariances @ inverse, norm
 
 
 def flow(law: Mixture, schedule: str, x: Array, start: float, end: float) -> Array:
