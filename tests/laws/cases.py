@@ -65,20 +65,38 @@ def oracle(law: str) -> ef.oracles.GaussianMixture:
     return ef.oracles.GaussianMixture(*(torch.tensor(part) for part in parts))
 
 
-def denoisers(schedule: str) -> ef.Denoiser:
-    """Of every law at once, each on its share of the batch in turn: the posterior means by the
+def posterior_means(schedule: str) -> Callable[[np.ndarray, float], np.ndarray]:
+    """`f(x, t)` of every law at once, each on its share of the batch (…, B, d) in turn: by the
     reference's own formulas, which owe the package nothing."""
     levels = functools.cache(reference.LEVELS[schedule])
 
-    def posterior_mean(x: Tensor, t: Tensor) -> Tensor:
-        now, shares = levels(t[0].item()), np.split(x.numpy(), len(LAWS))
+    def f(x: np.ndarray, t: float) -> np.ndarray:
+        now, shares = levels(t), np.split(x, len(LAWS), axis=-2)
         means = [
-            law.posterior_mean(share, now.alpha, now.sigma)
+            law.posterior_mean(share.reshape(-1, 2), now.alpha, now.sigma).reshape(share.shape)
             for law, share in zip(LAWS.values(), shares, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(means))
+        return np.concatenate(means, axis=-2)
 
-    return ef.Denoiser(posterior_mean, SCHEDULES[schedule])
+    return f
+
+
+def denoisers(schedule: str) -> ef.Denoiser:
+    """`posterior_means` as a denoiser."""
+    f = posterior_means(schedule)
+    return ef.Denoiser(lambda x, t: torch.from_numpy(f(x.numpy(), t[0].item())), SCHEDULES[schedule])
+
+
+@functools.cache
+def starts(schedule: str) -> np.ndarray:
+    """`start` of every law, one after the other."""
+    return np.concatenate([start(law, schedule) for law in LAWS])
+
+
+@functools.cache
+def exact_ends(schedule: str) -> np.ndarray:
+    """Where the probability-flow ODEs carry `starts` at t = 0.05."""
+    return np.concatenate([exact_end(law, schedule) for law in LAWS])
 
 
 def interior(steps: int) -> list[float]:

@@ -1,25 +1,33 @@
 """Wrong versions of right things, which the laws must tell apart from them.
 
 A site is one coefficient of a plan's pattern: (row, name), the row "query" or a register's number.
-Every site that a solver uses is made wrong in turn, so a new solver brings its mutants along.
+Every site that a solver uses is made wrong in turn, so a new solver brings its mutants along. A
+rewrite that leaves the machine the same is none: two flips of a sign may cancel, and what nothing
+reads may be anything.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
 
 from ebbflow.plan import Plan, Row, Stage
 from tests.laws.cases import SCHEDULES, SOLVERS, Maker, maker, uneven
 
 Site = tuple[str, str]
-Rewrite = Callable[[Plan], Plan]
+Rewrite = Callable[[Any], Any]
+"""Of a plan or of a `Bare` one."""
 
 SLIGHTLY = 1 + 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mutant:
     """A solver made wrong: `make(schedule, nodes)` compiles and then spoils."""
 
@@ -34,6 +42,48 @@ class Mutant:
     def make(self) -> Maker:
         compile_right = maker(SOLVERS[self.solver])
         return lambda schedule, nodes: self.rewrite(compile_right(schedule, nodes))
+
+
+@dataclass(frozen=True)
+class Bare:
+    """The stages of a plan alone, which may be wrong by the hundred: nothing checks or compiles."""
+
+    stages: tuple[Stage, ...]
+    times: tuple[float, ...]
+    nfe: int
+    registers: int
+
+    @staticmethod
+    def of(plan: Plan) -> Bare:
+        return Bare(plan.stages, plan.times, plan.nfe, plan.registers)
+
+    def table(self) -> np.ndarray:
+        """(nfe, 1 + registers, registers + 2): query and updates over registers, X and D."""
+        size = self.registers
+        columns = {f"x{i}": i for i in range(size)} | {"X": size, "D": size + 1}
+        out = np.zeros((self.nfe, 1 + size, size + 2))
+        for k, stage in enumerate(self.stages):
+            for i, row in enumerate((stage.query, *stage.update)):
+                for name, value in row.items():
+                    out[k, i, columns[name]] = value
+        return out
+
+
+def run(machines: list[Bare], x: np.ndarray, denoise: Callable[..., np.ndarray]) -> np.ndarray:
+    """(machines, B, d): the ends of machines with the same times, from x (B, d), all at once.
+
+    denoise(x, t): the predictions for states (machines, B, d).
+    """
+    tables = np.stack([machine.table() for machine in machines])
+    size = machines[0].registers
+    held = np.broadcast_to(x.reshape(-1), (len(machines), size, x.size))
+    with np.errstate(all="ignore"):  # what is wrong may overflow
+        for k, stage in enumerate(machines[0].stages):
+            query = tables[:, k, :1, :size] @ held
+            d = denoise(query.reshape(-1, *x.shape), stage.time)
+            values = np.concatenate([held, query, d.reshape(query.shape)], axis=1)
+            held = tables[:, k, 1:] @ values
+    return held[:, 0].reshape(-1, *x.shape)
 
 
 def example(solver: str, schedule: str = "VP") -> Plan:
@@ -95,6 +145,7 @@ def rows_late(plan: Plan) -> Plan:
     return _stages(plan, [*changed, *plan.stages[len(changed) :]])
 
 
+@functools.cache
 def systematic(solver: str, order: int) -> list[Mutant]:
     """Formulas that are wrong at every step.
 
@@ -118,9 +169,10 @@ def systematic(solver: str, order: int) -> list[Mutant]:
     if order > 1:
         out.append(Mutant(solver, "times late", times_late))
         out.append(Mutant(solver, "rows late", rows_late))
-    return out
+    return _others(out, plan)
 
 
+@functools.cache
 def isolated(solver: str) -> list[Mutant]:
     """One coefficient, time or row that is wrong in one stage only, for every stage."""
     plan = example(solver)
@@ -144,7 +196,22 @@ def isolated(solver: str) -> list[Mutant]:
                     Mutant(solver, f"stage {k}, time of {j}", lambda p, k=k, j=j: _borrow(p, k, j))
                 )
     out.append(Mutant(solver, "rows late", rows_late))
-    return out
+    return _others(out, plan)
+
+
+def _others(found: list[Mutant], plan: Plan) -> list[Mutant]:
+    """Those that make another machine of the plan."""
+    right = _machine(plan)
+
+    def same(mutant: Mutant) -> bool:
+        wrong = _machine(mutant.rewrite(plan))
+        return all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(right, wrong))
+
+    return [mutant for mutant in found if not same(mutant)]
+
+
+def _machine(plan: Plan) -> list[torch.Tensor]:
+    return [torch.tensor([stage.time for stage in plan.stages]), *vars(plan.dense()).values()]
 
 
 def _borrow(plan: Plan, k: int, j: int) -> Plan:
@@ -171,13 +238,12 @@ def _pattern(stage: Stage) -> tuple[frozenset[str], ...]:
 
 
 def _histories(plan: Plan) -> set[str]:
-    """Registers that keep a prediction: "x1" where some stage writes D alone into it, and what is
-    copied from it."""
+    """Registers that keep a prediction, as data, as noise or as momentum, and copies of them."""
     kept: set[str] = set()
     for _ in range(plan.registers):
         for stage in plan.stages:
             for i, row in enumerate(stage.update):
-                if i and len(row) == 1 and (set(row) == {"D"} or set(row) <= kept):
+                if i and ("D" in row or (len(row) == 1 and set(row) <= kept)):
                     kept.add(f"x{i}")
     return kept
 

@@ -18,7 +18,6 @@ from ebbflow.plan import Plan
 from ebbflow.schedules import Betas, Schedule
 from tests.laws import cases, mutants
 from tests.laws.cases import IN_TIME, SOLVERS, Maker
-from tests.laws.mutants import Mutant
 from tests.laws.test_betas import DDPM, zero_terminal
 
 EVERYWHERE: dict[str, Schedule] = {
@@ -26,7 +25,6 @@ EVERYWHERE: dict[str, Schedule] = {
     "Betas": Betas(DDPM.tolist()),
     "Betas to no signal": Betas(zero_terminal(DDPM).tolist()),
 }
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
 # Families have members that are not in the list; they obey the same law.
 VARIANTS = {
@@ -55,14 +53,17 @@ def check_one(plan: Plan) -> None:
     for times, a, b, c in rows:
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
         scale = alpha + sigma
-        signal = a * schedule.alpha(first) + b.sum(1)
-        torch.testing.assert_close(signal / scale, alpha / scale, **TIGHT)
+        # A sum rounds with its terms: those of an explicit Runge-Kutta step from sigma/alpha = r to
+        # r' grow as r/r', which is 15,000 in the longest step here.
+        room = 1e-12 * (1 + b.abs().sum(1) / scale)
         kept = a * schedule.sigma(first)
+        signal = (a * schedule.alpha(first) + b.sum(1) - alpha) / scale
+        assert bool((signal.abs() <= room).all())
         if plan.stochastic:
-            variance = kept**2 + c.square().sum(1)
-            torch.testing.assert_close(variance / scale**2, sigma**2 / scale**2, **TIGHT)
+            variance = (kept**2 + c.square().sum(1) - sigma**2) / scale**2
+            assert bool((variance.abs() <= room).all())
         else:
-            torch.testing.assert_close(kept / scale, sigma / scale, **TIGHT)
+            assert bool(((kept - sigma).abs() <= room * scale).all())
     for constant in (dense.constant, dense.node_constant):
         assert not bool(constant.any())
 
@@ -95,14 +96,14 @@ def test_every_isolated_mutant_is_seen(name: str) -> None:
             pytest.fail(f"{mutant} survives", pytrace=False)
 
 
-# A constant prediction is its own past: the laws of order see histories that are swapped.
-SYSTEMATIC = [m for n in SOLVERS for m in mutants.systematic(n, 1) if "swapped" not in m.name]
-
-
-@pytest.mark.parametrize("mutant", SYSTEMATIC, ids=str)
-def test_every_systematic_mutant_is_seen(mutant: Mutant) -> None:
-    with pytest.raises(AssertionError):
-        check_consistency(mutant.make, schedules_of(mutant.solver))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_systematic_mutant_is_seen(name: str) -> None:
+    for mutant in mutants.systematic(name, 1):
+        if "swapped" in mutant.name:
+            continue  # a constant prediction is its own past: the laws of order see it
+        with pytest.raises(AssertionError):
+            check_consistency(mutant.make, schedules_of(name))
+            pytest.fail(f"{mutant} survives", pytrace=False)
 
 
 @pytest.mark.parametrize("schedule", ["VP", "Cosine", "Betas to no signal", "VE"])
