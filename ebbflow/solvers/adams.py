@@ -84,9 +84,9 @@ class NoiseAdams(Solver):
         x' = (alpha'/alpha) x + alpha' sum_j w_j eps_j,   w_j = ∫ l_j d rho
 
     The first steps use the values that there are, which caps the order at 2. With
-    `corrected_start`, the second step also redoes the first one with the prediction that has
-    arrived meanwhile: that costs nothing, is in none of the papers, and lifts the cap to 3. A step
-    to sigma = 0 or from alpha = 0 is the exact one for its prediction.
+    `corrected_start`, a step whose past is not full yet also redoes the steps before it with the
+    predictions that have arrived meanwhile: that costs nothing, is in none of the papers, and lifts
+    the cap to 3. A step to sigma = 0 or from alpha = 0 is the exact one for its prediction.
     `order` is what shows from 48 steps on. Polynomials in rho or lambda through three values get
     there late where a grid's first steps are long in these variables (cosine, uniform in t: 2.1 to
     2.5 of the 3 that they approach). `equal_steps` has the weights of steps that are equal in rho,
@@ -107,15 +107,18 @@ class NoiseAdams(Solver):
 
     def stages(self, levels: Levels) -> Iterator[Stage]:
         first = 0 if levels.alpha[0] else 1
+        applied: dict[int, float] = {}
         for k in range(len(levels.times) - 1):
             nodes = range(k, max(k - self.history, first - 1), -1)
-            past: list[float] = []
+            weights: list[float] = []
             if nodes and levels.sigma[k + 1]:
-                past = self.rule(levels, k, nodes)[1:]
-                if self.corrected_start and k == first + 1:
-                    # The first step took eps to be constant; its slope is known only now.
-                    past[0] -= self.rule(levels, first, [first, k])[1]
-            yield adams_stage(levels, k, past, self.history)
+                weights = self.rule(levels, k, nodes)
+                if self.corrected_start and len(nodes) < self.history:
+                    every = [self.rule(levels, m, nodes) for m in range(first, k + 1)]
+                    due = [sum(column) for column in zip(*every, strict=True)]
+                    weights = [w - applied.get(j, 0.0) for j, w in zip(nodes, due, strict=True)]
+                    applied = dict(zip(nodes, due, strict=True))
+            yield adams_stage(levels, k, weights[1:], self.history)
 
 
 def adams_stage(

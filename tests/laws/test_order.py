@@ -3,7 +3,6 @@ against an independent solution of the probability-flow ODE."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,10 @@ from tests.laws.mutants import Bare, Mutant
 
 STEPS = (48, 96, 192, 384)
 CASES = tuple(itertools.product(LAWS, SCHEDULES))
-# Mutants are looked at on fewer and coarser grids; what is right passes there as well.
+# Mutants are looked at on one schedule and fewer grids; what is right passes there as well. Methods
+# of order 1 take more steps: their own errors are large, and hide what is wrong by a thousandth.
 QUICK_STEPS, QUICK_SCHEDULE = (48, 96, 192), "VP"
+QUICK_STEPS_OF_ORDER_1 = (192, 384, 768)
 
 
 def by_law(errors: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
@@ -51,7 +52,8 @@ def check_decay(found: Sequence[np.ndarray], order: int, where: str) -> float:
     """
     observed = slope(found)
     assert observed > order - 0.25, f"{where}: order {observed:.2f}, stated {order}"
-    gain = 2**order
+    # A method may be better than stated on this grid: eliminate the term that is there.
+    gain = 2 ** max(order, round(observed))
     rest = [(gain * fine - coarse) / (gain - 1) for coarse, fine in itertools.pairwise(found)]
     decay = slope(rest)
     assert decay > order - 0.25, f"{where}: the extrapolated error decays as {decay:.2f}"
@@ -75,10 +77,9 @@ def test_the_stated_order_is_the_observed_one(name: str) -> None:
     assert least < order + 0.75, f"order {least:.2f} everywhere, stated {order}"
 
 
-@functools.cache
-def quick_plans(name: str) -> list[Plan]:
+def quick_plans(name: str, steps: Sequence[int] = QUICK_STEPS) -> list[Plan]:
     make = cases.maker(SOLVERS[name])
-    return [make(SCHEDULES[QUICK_SCHEDULE], cases.interior(n)) for n in QUICK_STEPS]
+    return [make(SCHEDULES[QUICK_SCHEDULE], cases.interior(n)) for n in steps]
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
@@ -88,14 +89,15 @@ def test_mutants_lose_their_order(name: str) -> None:
     A slip in the few steps of a start is no error of every step: at 1e-3 it may cost less than the
     method does. The laws of a single step see it.
     """
-    order, plans = SOLVERS[name].order, quick_plans(name)
+    order = SOLVERS[name].order
+    plans = quick_plans(name, QUICK_STEPS if order > 1 else QUICK_STEPS_OF_ORDER_1)
     coarse = Bare.of(plans[0])
 
     def changed(mutant: Mutant) -> int:
         wrong = mutant.rewrite(coarse).stages
         return sum(a != b for a, b in zip(wrong, coarse.stages, strict=True))
 
-    found = [m for m in mutants.systematic(name, order) if 2 * changed(m) > QUICK_STEPS[0]]
+    found = [m for m in mutants.systematic(name, order) if 2 * changed(m) > len(coarse.times)]
     assert len(found) >= 4
     timed = [mutant for mutant in found if mutant.name == "times late"]
     x, exact = cases.starts(QUICK_SCHEDULE), cases.exact_ends(QUICK_SCHEDULE)
