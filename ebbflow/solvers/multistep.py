@@ -19,6 +19,7 @@ from ebbflow.plan import Stage
 from ebbflow.solvers.base import Grid, Levels, Solver
 from ebbflow.solvers.interpolation import Rule, midpoint, polynomial
 
+
 @dataclass(frozen=True)
 class Multistep(Solver):
     """An exponential multistep method over `history` predictions, one call a step.

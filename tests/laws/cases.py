@@ -84,7 +84,9 @@ def posterior_means(schedule: str) -> Callable[[np.ndarray, float], np.ndarray]:
 def denoisers(schedule: str) -> ef.Denoiser:
     """`posterior_means` as a denoiser."""
     f = posterior_means(schedule)
-    return ef.Denoiser(lambda x, t: torch.from_numpy(f(x.numpy(), t[0].item())), SCHEDULES[schedule])
+    return ef.Denoiser(
+        lambda x, t: torch.from_numpy(f(x.numpy(), t[0].item())), SCHEDULES[schedule]
+    )
 
 
 @functools.cache

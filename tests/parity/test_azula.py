@@ -76,3 +76,19 @@ def test_third_order_exponential_multistep(schedule: Schedule) -> None:
     """azula starts without correcting its first step; its linear solve loses some digits."""
     solver = ef.solvers.get("dpm-solver++3m", corrected_start=False)
     agree(ours(solver, schedule, GRID), theirs("xEAB", schedule, order=3), 1e-7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize(
+    ("sampler", "order", "name"),
+    [
+        ("zAB", 2, "deis-rhoab1"),
+        ("zAB", 3, "deis-rhoab2"),
+        ("zEAB", 2, "deis-logrhoab1"),
+        ("zEAB", 3, "dpm-solver-3m"),
+    ],
+)
+def test_adams(sampler: str, order: int, name: str, schedule: Schedule) -> None:
+    """The same linear solves lose digits here, too."""
+    solver = ef.solvers.get(name, corrected_start=False)
+    agree(ours(solver, schedule, GRID), theirs(sampler, schedule, order=order), 1e-7)

@@ -89,19 +89,12 @@ def test_ddpm_and_its_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     agree(ours(ef.solvers.get("ddpm"), CHAIN, NODES), x)
 
 
-def multistep(monkeypatch: pytest.MonkeyPatch, algorithm: str, order: int = 2) -> Tensor:
-    """The endpoint of DPMSolverMultistepScheduler on VP through `TIMES`."""
+def endpoint(monkeypatch: pytest.MonkeyPatch, name: str, order: int, **options: Any) -> Tensor:
+    """The endpoint of a scheduler that keeps sigma/alpha in a table, on VP through `TIMES`."""
     schedule = ef.schedules.VP()
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        algorithm_type=algorithm,
-        solver_order=order,
-        solver_type="midpoint",
-        prediction_type="sample",
-        lower_order_final=False,
-    )
-    scheduler = widen(monkeypatch, scheduler)
-    steps = len(TIMES) - 1
-    scheduler.set_timesteps(steps)
+    options = {"prediction_type": "sample", "lower_order_final": False, **options}
+    scheduler = widen(monkeypatch, getattr(diffusers, name)(solver_order=order, **options))
+    scheduler.set_timesteps(len(TIMES) - 1)
     alpha, sigma = levels(schedule, TIMES)
     scheduler.sigmas = sigma / alpha
     f, x = denoiser(schedule), start(schedule, TIMES[0])
@@ -109,9 +102,49 @@ def multistep(monkeypatch: pytest.MonkeyPatch, algorithm: str, order: int = 2) -
     # does not.
     scheduler.config.final_sigmas_type = "sigma_min"
     for k, t in enumerate(scheduler.timesteps):
-        extra = {"variance_noise": noise(k)} if algorithm.startswith("sde") else {}
+        stochastic = options.get("algorithm_type", "").startswith("sde")
+        extra = {"variance_noise": noise(k)} if stochastic else {}
         x = scheduler.step(f(x, TIMES[k]), t, x, **extra).prev_sample
     return x
+
+
+def multistep(monkeypatch: pytest.MonkeyPatch, algorithm: str, order: int = 2) -> Tensor:
+    options = {"solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
+    name = "DPMSolverMultistepScheduler"
+    return endpoint(monkeypatch, name, order, algorithm_type=algorithm, **options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_dpm_solver_2m(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = multistep(monkeypatch, "dpmsolver")
+    agree(ours(ef.solvers.get("dpm-solver-2m"), ef.schedules.VP(), TIMES), theirs)
+
+
+@pytest.mark.parametrize(("order", "name"), [(2, "deis-logrhoab1"), (3, "dpm-solver-3m")])
+def test_deis_in_log_rho(monkeypatch: pytest.MonkeyPatch, order: int, name: str) -> None:
+    theirs = endpoint(monkeypatch, "DEISMultistepScheduler", order)
+    agree(ours(ef.solvers.get(name), ef.schedules.VP(), TIMES), theirs)
+
+
+@pytest.mark.parametrize("form", ["b1", "b2"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc(monkeypatch: pytest.MonkeyPatch, order: int, form: str) -> None:
+    options = {"solver_type": form.replace("b", "bh"), "predict_x0": True}
+    theirs = endpoint(monkeypatch, "UniPCMultistepScheduler", order, **options)
+    agree(ours(ef.solvers.get(f"unipc-{form}-{order}"), ef.schedules.VP(), TIMES), theirs)
+
+
+def test_f_pndm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to its last step, which extrapolates to sigma = 0 where ours returns the prediction."""
+    scheduler = widen(monkeypatch, diffusers.PNDMScheduler(timestep_spacing="trailing"))
+    scheduler.alphas_cumprod = torch.cumprod(1 - BETAS, 0)
+    scheduler.set_timesteps(len(INDICES))
+    f, x = denoiser(CHAIN), start(CHAIN, NODES[0])
+    for index in scheduler.timesteps[:-1].tolist():
+        t = (index + 1) / 1000
+        (alpha,), (sigma,) = levels(CHAIN, [t])
+        x = scheduler.step((x - alpha * f(x, t)) / sigma, index, x).prev_sample
+    agree(ours(ef.solvers.get("f-pndm"), CHAIN, NODES[:-1]), x)
 
 
 def test_dpm_solver_plus_plus_2m(monkeypatch: pytest.MonkeyPatch) -> None:

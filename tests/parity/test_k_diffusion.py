@@ -37,9 +37,8 @@ def theirs(
     f = denoiser(schedule)
 
     def model(y: Tensor, ratio: Tensor) -> Tensor:
-        k = int((ratios - ratio[0]).abs().argmin())
-        assert ratio[0] == ratios[k]
-        return f(y * alpha[k], times[k])
+        t = schedule.time(-2 * torch.log(ratio[0])).item()  # also between the nodes
+        return f(y * schedule.alpha(t), t)
 
     y = start(schedule, times[0]) / alpha[0]
     sample = getattr(sampling, f"sample_{name}")
@@ -55,7 +54,13 @@ def draws() -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("times", [TIMES, (*TIMES, 0.0)], ids=["to noise", "to data"])
 @pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=repr)
 @pytest.mark.parametrize(
-    ("peer", "solver"), [("euler", "ddim"), ("heun", "edm"), ("dpmpp_2m", "dpm-solver++2m")]
+    ("peer", "solver"),
+    [
+        ("euler", "ddim"),
+        ("heun", "edm"),
+        ("dpmpp_2m", "dpm-solver++2m"),
+        ("dpm_2", "dpm-solver-2"),
+    ],
 )
 def test_deterministic(
     peer: str, solver: str, schedule: Schedule, times: tuple[float, ...]
@@ -69,6 +74,22 @@ def test_deterministic(
 def test_deterministic_where_the_process_explodes(peer: str, solver: str) -> None:
     schedule = ef.schedules.VE()
     agree(ours(ef.solvers.get(solver), schedule, TIMES), theirs(peer, schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_dpm_solver_plus_plus_2s(schedule: Schedule) -> None:
+    """Without the noise that it may add."""
+    endpoint = theirs("dpmpp_2s_ancestral", schedule, eta=0.0, noise_sampler=draws())
+    agree(ours(ef.solvers.get("dpm-solver++2s"), schedule, TIMES), endpoint)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize(
+    ("order", "name"), [(2, "deis-rhoab1"), (3, "deis-rhoab2"), (4, "deis-rhoab3")]
+)
+def test_linear_multistep(order: int, name: str, schedule: Schedule) -> None:
+    solver = ef.solvers.get(name, corrected_start=False)
+    agree(ours(solver, schedule, TIMES), theirs("lms", schedule, order=order))
 
 
 @pytest.mark.parametrize("times", [TIMES, (*TIMES, 0.0)], ids=["to noise", "to data"])
