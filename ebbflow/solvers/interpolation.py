@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 Rule = Callable[[Sequence[float], float, float], list[float]]
-"""`rule(u, h, rate)`: weights w with `∫_0^h rate e^{rate (u - h)} D(lambda + u) du = sum_j w_j D_j`.
+"""`rule(u, h, rate)`: weights w in `∫_0^h rate e^{rate (u - h)} D(lambda + u) du = sum_j w_j D_j`.
 
 D_j is known at the offset u_j in lambda; u[0] = 0. The data form has rate 1 (2 for the SDE), the
 noise form -1.

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ebbflow.plan import Stage
-from ebbflow.solvers.base import Levels, Solver
 from ebbflow.solvers.adams import noise_row
+from ebbflow.solvers.base import Levels, Solver
 from ebbflow.solvers.singlestep import exact_stage
 
 
@@ -17,8 +17,10 @@ class GHVB(Solver):
 
         d(x/alpha) = d rho sum_j c_j v_{n-j},  c = (1), ((2 + b), -(2 - b)) / 2b, …
 
-    One call a step; b = 1 is PLMS, smaller b a larger region of stability. Order `history` on grids
-    uniform in rho = sigma/alpha, at most 2 otherwise.
+    One call a step; b = 1 is iPNDM, smaller b a larger region of stability; a step to sigma = 0 or
+    from alpha = 0 is the exact one for its prediction. Order `history` on grids uniform in rho =
+    sigma/alpha, at most 2 otherwise; from 48 steps on, histories of 3 and 4 show 1.2 to 2 on grids
+    uniform in t (least on the linear schedule), so 1 is stated.
     Diffusion Sampling with Momentum for Mitigating Divergence Artifacts, equation 14 and table 4.
     """
 

@@ -205,7 +205,9 @@ def _others(found: list[Mutant], plan: Plan) -> list[Mutant]:
 
     def same(mutant: Mutant) -> bool:
         wrong = _machine(mutant.rewrite(plan))
-        return all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(right, wrong))
+        return all(
+            torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(right, wrong, strict=True)
+        )
 
     return [mutant for mutant in found if not same(mutant)]
 

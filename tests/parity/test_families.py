@@ -1,7 +1,7 @@
 """Endpoints of the families against their published updates, written out on whole arrays.
 
 Polynomials are fitted here by linear solves and integrated by quadrature, where the library expands
-Lagrange's form: the two share no formula. Other libraries are compared in this folder's other files.
+Lagrange's form: the two share no formula. This folder's other files compare with other libraries.
 """
 
 from __future__ import annotations
@@ -256,6 +256,10 @@ def test_unipc(history: int, form: str, schedule: Schedule) -> None:
             value = value / hh - 1 / factorial
         return np.linalg.solve(rows, right).tolist()
 
+    def combined(weights: list[float], terms: list[Tensor]) -> Tensor:
+        zero = torch.zeros(4, 3, dtype=torch.float64)
+        return sum((a * v for a, v in zip(weights, terms, strict=True)), zero)
+
     prediction = f(x, TIMES[0])
     for k in range(len(TIMES) - 1):
         past = [prediction, *past][:history]
@@ -265,15 +269,12 @@ def test_unipc(history: int, form: str, schedule: Schedule) -> None:
         r = [((lambda_[k - m] - lambda_[k]) / h).item() for m in range(1, len(past))]
         d = [(p - prediction) / v for p, v in zip(past[1:], r, strict=True)]
 
-        def after(weights: list[float], terms: list[Tensor]) -> Tensor:
-            total = [a * v for a, v in zip(weights, terms, strict=True)]
-            return base - alpha[k + 1] * big * torch.stack([torch.zeros_like(x), *total]).sum(0)
-
-        guess = after(system(r, hh, big, 0.5) if r else [], d)
+        scale = alpha[k + 1] * big
+        guess = base - scale * combined(system(r, hh, big, 0.5) if r else [], d)
         if k == len(TIMES) - 2:
             x = guess
             break
         late = f(guess, TIMES[k + 1])
-        x = after(system([*r, 1.0], hh, big, 0.5), [*d, late - prediction])
+        x = base - scale * combined(system([*r, 1.0], hh, big, 0.5), [*d, late - prediction])
         prediction = late
     agree(ours(ef.solvers.get(f"unipc-{form}-{history}"), schedule, TIMES), x)
