@@ -130,7 +130,8 @@ def adams_stage(
     newest first. The step is written as the exact one for eps_k and differences to the past, so
     that no difference of large numbers is left.
     """
-    row = dict(zip(("x0", "D"), first_order(levels, k), strict=True))
+    a, b = first_order(levels, k)
+    row = {"x0": a, "D": b}
     alpha, sigma = levels.alpha[k], levels.sigma[k]
     if past:
         weights = [levels.alpha[k + 1] * w for w in past]
