@@ -89,6 +89,17 @@ def denoisers(schedule: str) -> ef.Denoiser:
     )
 
 
+def denoiser(law: str, schedule: str) -> ef.Denoiser:
+    """The posterior mean of one law, by the reference's formulas."""
+    known, levels = LAWS[law], reference.LEVELS[schedule]
+
+    def posterior_mean(x: Tensor, t: Tensor) -> Tensor:
+        now = levels(t[0].item())
+        return torch.from_numpy(known.posterior_mean(x.numpy(), now.alpha, now.sigma))
+
+    return ef.Denoiser(posterior_mean, SCHEDULES[schedule])
+
+
 @functools.cache
 def starts(schedule: str) -> np.ndarray:
     """`start` of every law, one after the other."""
