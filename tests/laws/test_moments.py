@@ -42,6 +42,8 @@ def check_weak_order(make: Maker, order: int) -> float:
             errors.append(
                 np.vstack([found.mean.numpy() - mean, found.covariance.numpy() - covariance])
             )
+        worst = np.abs(errors[0]).max()
+        assert worst < 1, f"{name}: the error of {STEPS[0]} steps, {worst:.2g}, exceeds the law"
         observed = slope(errors)
         assert observed > order - 0.25, f"{name}: weak order {observed:.2f}, stated {order}"
         gain = 2**order
