@@ -43,16 +43,13 @@ class StochasticAdams(Solver):
         for k in range(len(levels.times) - 1):
             h = lambda_[k + 1] - lambda_[k]
             a = sigma[k + 1] / sigma[k] * math.exp(-noise * h if noise else 0.0)
-            u = [
-                0.0,
-                *(v - lambda_[k] for v in lambda_[:k][: -self.predictor : -1] if v > -math.inf),
-            ]
+            past = lambda_[:k][: -self.predictor : -1]
+            u = [0.0, *(v - lambda_[k] for v in past if math.isfinite(v))]
             base = {"x1": a, "D": a * alpha[k] * late}
             if noise and sigma[k + 1]:
                 base["Z"] = sigma[k + 1] * math.sqrt(-math.expm1(-2 * noise * h))
             predicted = corrected = polynomial(u if sigma[k + 1] else [0.0], h, 1 + noise)
-            late = 0.0
-            if math.isfinite(h):
+            if math.isfinite(h):  # otherwise the first step, which has none, or the last
                 *corrected, late = polynomial([*u[: self.corrector], h], h, 1 + noise)
             rows = []
             for ws in (predicted, corrected):
