@@ -22,7 +22,8 @@ class StochasticAdams(Solver):
     `a = (sigma'/sigma) e^{-tau² h}`, `b = sigma' sqrt(1 - e^{-2 tau² h})`; w and v integrate the
     polynomials through `predictor` past predictions, and through `corrector` of them and D(y),
     against `(1 + tau²) e^{(1 + tau²)(u - h)}`. One call a step, at y, which is the state at the
-    node. Weak order 2; the paper's order is min(predictor, corrector + 1) as tau goes to 0.
+    node. Weak order 2; the paper's order is min(predictor, corrector + 1) as tau goes to 0. Below
+    about 20 steps its extrapolation of rate 1 + tau² is unstable: take tau 0.5 or less there.
     SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models, algorithm 1.
     """
 
