@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ebbflow import networks as networks
     from ebbflow import noise as noise
     from ebbflow import oracles as oracles
+    from ebbflow import particles as particles
+    from ebbflow import processes as processes
     from ebbflow import schedules as schedules
     from ebbflow import solvers as solvers
     from ebbflow import training as training
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
     from ebbflow.finite import NonFinite as NonFinite
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
+    from ebbflow.particles import denoising_mcmc as denoising_mcmc
     from ebbflow.plan import Plan as Plan
     from ebbflow.plan import Stage as Stage
+    from ebbflow.processes import gaussian_flow as gaussian_flow
+    from ebbflow.processes import gaussian_prior as gaussian_prior
     from ebbflow.sampling import Result as Result
     from ebbflow.sampling import sample as sample
     from ebbflow.sampling import trajectory as trajectory
@@ -43,6 +48,9 @@ _HOMES = {
     "Result": "sampling",
     "Stage": "plan",
     "Statistics": "statistics",
+    "denoising_mcmc": "particles",
+    "gaussian_flow": "processes",
+    "gaussian_prior": "processes",
     "grids": "grids",
     "guidance": "guidance",
     "load": "storage",
@@ -51,6 +59,8 @@ _HOMES = {
     "noise": "noise",
     "oracles": "oracles",
     "parallel": "parallel_in_time",
+    "particles": "particles",
+    "processes": "processes",
     "sample": "sampling",
     "schedules": "schedules",
     "solvers": "solvers",

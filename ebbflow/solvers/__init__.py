@@ -13,8 +13,10 @@ from ebbflow.solvers import (
     momentum,
     multistep,
     pndm,
+    reverse_sde,
     runge_kutta,
     singlestep,
+    stochastic_adams,
     unipc,
 )
 from ebbflow.solvers.base import Levels as Levels
@@ -62,6 +64,10 @@ _SOLVERS = {
         momentum.ghvb2,
         momentum.ghvb3,
         momentum.ghvb4,
+        reverse_sde.maruyama,
+        reverse_sde.diffusion,
+        reverse_sde.dpm,
+        stochastic_adams.sa,
     )
 }
 

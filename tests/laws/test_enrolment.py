@@ -11,7 +11,7 @@ import ebbflow as ef
 from ebbflow import solvers
 from ebbflow.solvers import Solver
 from tests.laws import cases, mutants
-from tests.laws.cases import DETERMINISTIC, IN_TIME, SCHEDULES, SOLVERS, STOCHASTIC
+from tests.laws.cases import DETERMINISTIC, IN_TIME, INEXACT, SCHEDULES, SOLVERS, STOCHASTIC
 from tests.laws.test_consistency import check_one
 
 NEEDS = {"statistics", "jvp", "training"}
@@ -21,7 +21,7 @@ def test_nothing_is_left_out() -> None:
     listed = ef.solvers.list()
     assert len(listed) == len(set(listed)) and listed
     assert sorted(DETERMINISTIC + STOCHASTIC) == sorted(listed), "an adaptive solver needs its law"
-    assert set(listed) >= IN_TIME
+    assert set(listed) >= IN_TIME | INEXACT
 
 
 def test_every_published_solver_is_listed() -> None:
@@ -62,7 +62,7 @@ def test_every_coefficient_has_its_mutants(name: str) -> None:
         assert any("swapped" in mutant for mutant in names)
 
 
-@pytest.mark.parametrize("name", sorted(IN_TIME))
+@pytest.mark.parametrize("name", sorted(IN_TIME | INEXACT))
 def test_exemptions_are_needed(name: str) -> None:
     """Methods in t are excused from exactness on curved schedules because they do not have it."""
     with pytest.raises(AssertionError):

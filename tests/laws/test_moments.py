@@ -32,7 +32,10 @@ def exact(schedule: str, t: float) -> tuple[np.ndarray, np.ndarray]:
 def moment_errors(plans: Sequence[Plan], schedule: str) -> list[np.ndarray]:
     mean, covariance = exact(schedule, 0.05)
     found = [plan.moments(MEAN, COVARIANCE) for plan in plans]
-    return [np.vstack([f.mean.numpy() - mean, f.covariance.numpy() - covariance]) for f in found]
+    errors = [np.vstack([f.mean.numpy() - mean, f.covariance.numpy() - covariance]) for f in found]
+    worst = np.abs(errors[0]).max()
+    assert worst < 1, f"{schedule}: the error of the fewest steps, {worst:.2g}, exceeds the law"
+    return errors
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
