@@ -6,7 +6,7 @@ import builtins
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
-from ebbflow.solvers import ddim, edm, multistep, runge_kutta
+from ebbflow.solvers import ddim, edm, gaussian, multistep, runge_kutta
 from ebbflow.solvers.base import Levels as Levels
 from ebbflow.solvers.base import Solver as Solver
 from ebbflow.solvers.dpm_solver_v3 import DPMSolverV3 as DPMSolverV3
@@ -23,6 +23,7 @@ _SOLVERS = {
         multistep.two,
         multistep.three,
         multistep.sde,
+        gaussian.residual,
     )
 }
 
