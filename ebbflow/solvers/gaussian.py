@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ class GaussianResidual(Solver):
     through the last `history` residuals, and integrated. The first call lies inside the first
     step, of which it corrects the whole: the state is carried there by the flow of the Gaussian.
 
-    Nodes unless given: uniform in the integral of `sum_i L_i sqrt(s/a_i) / (1 + (s/a_i)²)` over
-    lambda, with `a_i = reach sqrt(L_i)`. Order 2; the kernel and the nodes are ours, the start and
+    Nodes unless given: uniform in the integral of `sum_i L_i sqrt(s/a_i) / (1 + (s/a_i)²)^(decay/2)`
+    over lambda, with `a_i = reach sqrt(L_i)`. Order 2; the kernel and the nodes are ours, the start and
     the exact linear part those of "The Unreasonable Effectiveness of Gaussian Score Approximation
     for Diffusion Models and its Applications" and DPM-Solver-v3.
     """
@@ -44,12 +45,13 @@ class GaussianResidual(Solver):
     length: float = 2.0
     history: int = 4
     reach: float = 3.0
+    decay: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 0.0), ("reach", 0.0), ("history", 0)):
+        for name, least in (("length", 0.0), ("reach", 0.0), ("decay", 0.5), ("history", 0)):
             value = getattr(self, name)
             if not least < value < math.inf:
-                raise ValueError(f"{name} is {value}, expected a positive number")
+                raise ValueError(f"{name} is {value}, expected a number above {least:g}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -61,7 +63,7 @@ class GaussianResidual(Solver):
         n = grids.check_steps(steps)
         if n == 1:
             return 1.0, 0.0
-        _, _, variance = principal(statistics, self.name)
+        _, _, variance = self._axes(statistics)
         noisy, clean = (-schedule.log_snr(torch.tensor([1.0, 0.0])).double() / 2).tolist()
         high, low = self._range(variance, n, noisy, clean)
         lambda_, clock = self._clock(variance, low, high)
@@ -70,19 +72,46 @@ class GaussianResidual(Solver):
         return grids.given((1.0, *inner.tolist(), 0.0))
 
     def compile(self, schedule: Schedule, nodes: grids.Times, statistics: Statistics | None) -> Any:
-        basis, mean, variance = principal(statistics, self.name)
-        stages = self._stages(schedule, nodes, mean, variance)
-        return Plan(schedule, nodes[0], tuple(stages), self.origin, basis)
+        basis, mean, variance = self._axes(statistics)
+        stages = tuple(self._stages(schedule, nodes, mean, variance))
+        return Plan(schedule, nodes[0], stages, self.origin, basis)
+
+    def _axes(self, statistics: Statistics | None) -> tuple[Basis | None, Tensor, Tensor]:
+        """The axes of the statistics, and mean and variances along them.
+
+        Variances below a hundredth of their mean are raised to it: axes that the data at hand do
+        not span may hold variance that was not seen.
+        """
+        if statistics is None:
+            raise ValueError(f"{self.name} needs the data's statistics: ef.Statistics.from_data")
+        basis = statistics.axes
+        if basis is None:
+            raise ValueError(
+                f"{self.name} needs the variance along every axis, these statistics are of low "
+                'rank: Statistics.from_data(kind="exact") or, for images, kind="cosine"'
+            )
+        mean = basis.forward(statistics.mean[None].double())[0]
+        variance = statistics.variance.double().reshape(basis.shape)
+        least = 0.01 * float(variance.mean()) or 1.0  # of a point mass any variance is exact
+        return basis, mean, variance.clamp(min=least)
 
     def _stages(
         self, schedule: Schedule, nodes: grids.Times, mean: Tensor, variance: Tensor
     ) -> Iterator[Stage]:
         ends = Levels.of(schedule, nodes)
         lambda_ = [-value for value in ends.lambda_]
-        first = self._first(variance, lambda_[0], lambda_[1], len(nodes) - 1)
-        now = Levels.of(schedule, (schedule.time(-2 * first).item(), *nodes[1:-1]))
+        first = lambda_[0]
+        inside = nodes[0] in (0.0, 1.0)  # where a denoiser says nothing, or must not be asked
+        if inside:
+            first = self._first(variance, lambda_[0], lambda_[1], len(nodes) - 1)
+        time = schedule.time(-2 * first).item() if inside else nodes[0]
+        now = Levels.of(schedule, (time, *nodes[1:-1]))
         calls = torch.tensor([first, *lambda_[1:-1]], dtype=torch.float64)
         spread = [(a**2 * variance + s**2).sqrt() for a, s in zip(now.alpha, now.sigma)]
+
+        def row(values: dict[str, Any]) -> dict[str, Any]:
+            return values if mean.ndim else {name: float(v) for name, v in values.items()}
+
         for k, time in enumerate(now.times):
             weights = self._weights(variance, calls, k, lambda_[0], lambda_[k + 1])
             slope = now.alpha[k] * variance / spread[k] ** 2
@@ -101,7 +130,7 @@ class GaussianResidual(Solver):
                 start = (ends.alpha[0] ** 2 * variance + ends.sigma[0] ** 2).sqrt()
                 gain = spread[0] / start
                 query = {"x0": gain, "1": centre - gain * ends.alpha[0] * mean}
-            yield Stage(time, query, (state, *kept), nodes[k + 1])
+            yield Stage(time, row(query), tuple(map(row, (state, *kept))), nodes[k + 1])
 
     def _weights(
         self, variance: Tensor, calls: Tensor, k: int, start: float, end: float
@@ -114,14 +143,26 @@ class GaussianResidual(Solver):
         if k == 0:
             pieces.append(_panels(min(max(start, now - FAR), now + FAR), now))
         lambda_, dlambda = (torch.cat(part) for part in zip(*pieces, strict=True))
-        # The jitter keeps calls that are very close apart from each other.
-        kernel = self._kernel(known[:, None] - known) + 1e-10 * torch.eye(len(known))
-        basis = torch.linalg.solve(kernel, self._kernel(known[:, None] - lambda_))
+        basis = self._interpolant(known, lambda_)
         variance, shape = variance.flatten(), variance.shape
         square = torch.exp(2 * lambda_)[:, None]
         density = dlambda[:, None] * torch.exp(lambda_)[:, None] / (variance + square)
         scale = torch.sqrt(variance * torch.exp(-2 * known)[:, None] + 1)
         return [weight.reshape(shape) for weight in -(basis @ density) * scale]
+
+    def _interpolant(self, known: Tensor, at: Tensor) -> Tensor:
+        """(known, at): the weights of values at `known` in the interpolant at `at`.
+
+        On points that are close together the process' mean tends to the polynomial through them.
+        """
+        span = float((known[-1] - known[0]).abs())
+        if span < 0.2 * self.length and len(known) > 1:
+            powers = torch.arange(len(known))[:, None]
+            values, wanted = ((x - known[-1]) / span for x in (known, at))
+            return torch.linalg.solve(values**powers, wanted**powers)
+        return torch.linalg.solve(
+            self._kernel(known[:, None] - known), self._kernel(known[:, None] - at)
+        )
 
     def _kernel(self, distance: Tensor) -> Tensor:
         a = math.sqrt(7) / self.length * distance.abs()
@@ -149,28 +190,12 @@ class GaussianResidual(Solver):
         lambda_ = torch.linspace(low, high, 2000, dtype=torch.float64)
         axes = variance.flatten()
         u = lambda_[:, None] - (self.reach * axes.sqrt()).log()
-        density = (axes / axes.sum() * torch.exp(u / 2) / (1 + torch.exp(2 * u))).sum(1)
-        return lambda_, torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density, lambda_)])
-
-
-def principal(statistics: Statistics | None, name: str) -> tuple[Basis, Tensor, Tensor]:
-    """The axes of the statistics, and mean and variances along them.
-
-    Variances below a hundredth of their mean are raised to it: axes that the data at hand do not
-    span may hold variance that was not seen.
-    """
-    if statistics is None:
-        raise ValueError(f"{name} needs the data's statistics: ef.Statistics.from_data")
-    basis = statistics.axes
-    if basis is None:
-        raise ValueError(
-            f"{name} needs variances along all axes, the statistics are of low rank: give "
-            'Statistics.from_data(kind="exact") or, for images, kind="cosine"'
+        density = (
+            axes / axes.sum() * torch.exp(u / 2) / (1 + torch.exp(2 * u)) ** (self.decay / 2)
+        ).sum(1)
+        return lambda_, torch.cat(
+            [density.new_zeros(1), torch.cumulative_trapezoid(density, lambda_)]
         )
-    variance = statistics.variance.double()
-    mean = basis.forward(statistics.mean[None].double())[0]
-    least = 0.01 * float(variance.mean()) or 1.0  # a point mass: any variance is exact
-    return basis, mean, variance.reshape(basis.shape).clamp(min=least)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -179,14 +204,62 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return ys[i - 1] + (x - xs[i - 1]) / (xs[i] - xs[i - 1]) * (ys[i] - ys[i - 1])
 
 
-def _panels(a: float, b: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights from a to b: Gauss and Legendre's 8 on panels of up to 3 e-folds."""
+@functools.cache
+def _gauss_legendre() -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the 8-point rule on [-1, 1], from the Legendre recurrence's matrix."""
     k = torch.arange(1, 8, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     x, vectors = torch.linalg.eigh(off + off.T)
+    return x, 2 * vectors[0] ** 2
+
+
+def _panels(a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights from a to b: 8-point rules on panels of up to 3 e-folds."""
+    x, weights = _gauss_legendre()
     edges = torch.linspace(a, b, 1 + max(1, math.ceil(abs(b - a) / 3)), dtype=torch.float64)
     half, middle = edges.diff()[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
-    return (middle + half * x).flatten(), (half * 2 * vectors[0] ** 2).flatten()
+    return (middle + half * x).flatten(), (half * weights).flatten()
 
 
-residual = GaussianResidual("gaussian-residual", 2, 2, "Ebbflow's own")
+@dataclass(frozen=True)
+class UnitResidual(GaussianResidual):
+    """The same with nothing known: mean 0 and variance 1 in every direction, and nodes that reach
+    further and fall off slower, since the data's largest deviation may be several times 1.
+
+    With L = 1, r is interpolated in the angle's sine: v-prediction with an exact linear part.
+    """
+
+    reach: float = 7.5
+    decay: float = 1.5
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def _axes(self, statistics: Statistics | None) -> tuple[Basis | None, Tensor, Tensor]:
+        return None, torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """With statistics of every axis the first solver, without the second."""
+
+    informed: Solver
+    plain: Solver
+
+    def plan(
+        self,
+        schedule: Schedule,
+        steps: int | None = None,
+        *,
+        times: Sequence[float] | Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> Any:
+        chosen = self.plain if statistics is None or statistics.axes is None else self.informed
+        return chosen.plan(schedule, steps, times=times, statistics=statistics)
+
+
+OWN = "Ebbflow's own"
+residual = GaussianResidual("gaussian-residual", 2, 2, OWN)
+unit = UnitResidual("unit-residual", 2, 2, OWN)
+auto = Auto("auto", 2, 2, OWN, residual, unit)
