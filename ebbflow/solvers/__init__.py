@@ -29,7 +29,7 @@ _SOLVERS = {
     )
 }
 
-AUTO = gaussian.auto
+AUTO = gaussian.Auto("auto", 2, 2, gaussian.OWN, gaussian.residual, gaussian.unit)
 """What "auto" is: `gaussian-residual` with the data's statistics, `unit-residual` without."""
 
 

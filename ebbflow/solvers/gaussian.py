@@ -31,15 +31,16 @@ class GaussianResidual(Solver):
         r = (D - m) - alpha L / (alpha² L + sigma²) (x_t - alpha m)
         dw/dlambda = -r / sqrt(L + s²)
 
-    which is exact, and w is constant for Gaussian data. r is interpolated as `s / sqrt(L + s²)`, its
-    decay in the v-prediction, times a Gaussian process in lambda (Matérn 7/2, of this `length`)
-    through the last `history` residuals, and integrated. The first call lies inside the first
-    step, of which it corrects the whole: the state is carried there by the flow of the Gaussian.
+    which is exact, and w is constant for Gaussian data. r is interpolated as
+    `s / sqrt(L + s²)`, its
+    decay in v-prediction, times a Gaussian process in lambda (Matérn 7/2, of this `length`) through
+    the last `history` residuals, and integrated. From t = 1 the first call lies inside the first
+    step, all of which it corrects: the Gaussian's flow carries the state there.
 
-    Nodes unless given: uniform in the integral of `sum_i L_i sqrt(s/a_i) / (1 + (s/a_i)²)^(decay/2)`
-    over lambda, with `a_i = reach sqrt(L_i)`. Order 2; the kernel and the nodes are ours, the start and
-    the exact linear part those of "The Unreasonable Effectiveness of Gaussian Score Approximation
-    for Diffusion Models and its Applications" and DPM-Solver-v3.
+    Nodes unless given: uniform in the integral over lambda of
+    `sum_i L_i sqrt(s/a_i) / (1 + (s/a_i)²)^(decay/2)`, with `a_i = reach sqrt(L_i)`. Order 2. The
+    kernel, the correction and the nodes are ours; the analytic start is that of "The Unreasonable
+    Effectiveness of Gaussian Score Approximation for Diffusion Models and its Applications".
     """
 
     length: float = 2.0
@@ -107,10 +108,13 @@ class GaussianResidual(Solver):
         time = schedule.time(-2 * first).item() if inside else nodes[0]
         now = Levels.of(schedule, (time, *nodes[1:-1]))
         calls = torch.tensor([first, *lambda_[1:-1]], dtype=torch.float64)
-        spread = [(a**2 * variance + s**2).sqrt() for a, s in zip(now.alpha, now.sigma)]
+        spread = [
+            (a**2 * variance + s**2).sqrt() for a, s in zip(now.alpha, now.sigma, strict=True)
+        ]
 
         def row(values: dict[str, Any]) -> dict[str, Any]:
-            return values if mean.ndim else {name: float(v) for name, v in values.items()}
+            some = {name: v for name, v in values.items() if bool(torch.as_tensor(v).any())}
+            return some if mean.ndim else {name: float(v) for name, v in some.items()}
 
         for k, time in enumerate(now.times):
             weights = self._weights(variance, calls, k, lambda_[0], lambda_[k + 1])
@@ -126,7 +130,7 @@ class GaussianResidual(Solver):
             kept = [residual, *({f"x{j}": 1.0} for j in range(1, min(k + 1, self.history - 1)))]
             kept = [*kept, *({} for _ in range(self.history))][: self.history - 1]
             query: dict[str, Any] = {"x0": 1.0}
-            if not k:
+            if inside and not k:
                 start = (ends.alpha[0] ** 2 * variance + ends.sigma[0] ** 2).sqrt()
                 gain = spread[0] / start
                 query = {"x0": gain, "1": centre - gain * ends.alpha[0] * mean}
@@ -206,7 +210,7 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
 
 @functools.cache
 def _gauss_legendre() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the 8-point rule on [-1, 1], from the Legendre recurrence's matrix."""
+    """Nodes and weights of the 8-point rule on [-1, 1], from the Legendre recurrence."""
     k = torch.arange(1, 8, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     x, vectors = torch.linalg.eigh(off + off.T)
@@ -259,7 +263,6 @@ class Auto(Solver):
         return chosen.plan(schedule, steps, times=times, statistics=statistics)
 
 
-OWN = "Ebbflow's own"
+OWN = "Ebbflow's own: Gaussian-residual quadrature"
 residual = GaussianResidual("gaussian-residual", 2, 2, OWN)
 unit = UnitResidual("unit-residual", 2, 2, OWN)
-auto = Auto("auto", 2, 2, OWN, residual, unit)
