@@ -171,13 +171,14 @@ def _pattern(stage: Stage) -> tuple[frozenset[str], ...]:
 
 
 def _histories(plan: Plan) -> set[str]:
-    """Registers that keep a prediction: "x1" where some stage writes D alone into it, and what is
-    copied from it."""
+    """Registers that keep a prediction: "x1" where some stage writes D, or D beside its query, into
+    it, and what is copied from it."""
     kept: set[str] = set()
     for _ in range(plan.registers):
         for stage in plan.stages:
             for i, row in enumerate(stage.update):
-                if i and len(row) == 1 and (set(row) == {"D"} or set(row) <= kept):
+                copied = len(row) == 1 and set(row) <= kept
+                if i and (copied or "D" in row and set(row) <= {"D", "X", "1"}):
                     kept.add(f"x{i}")
     return kept
 
