@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,8 +76,8 @@ def test_other_statistics_are_not_exact() -> None:
 
 
 def midpoint_in_the_angle(denoiser: ef.Denoiser, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """dy/dtheta = cos(theta) eps - sin(theta) D from pi/2 to 0, for y = x_t / sqrt(alpha² + sigma²),
-    with sigma/alpha = tan(theta), on the straight path."""
+    """dy/dtheta = cos(theta) eps - sin(theta) D from pi/2 to 0, on the straight path, where
+    y = x_t / sqrt(alpha² + sigma²) and sigma/alpha = tan(theta)."""
 
     def rate(y: torch.Tensor, theta: float) -> torch.Tensor:
         c, s = math.cos(theta), math.sin(theta)
@@ -104,7 +105,7 @@ def test_auto_converges_to_the_flow_on_its_own_nodes(informed: bool) -> None:
     for steps in (5, 10, 20, 40, 80):
         plan = ef.solvers.get("auto").plan(schedule, steps, statistics=known)
         errors.append((plan.run(denoiser, X) - exact).norm().item())
-    assert all(b < 0.6 * a for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(b < 0.6 * a for a, b in pairwise(errors)), errors
 
 
 def test_auto_uses_statistics_where_there_are_any() -> None:

@@ -178,7 +178,7 @@ def _histories(plan: Plan) -> set[str]:
         for stage in plan.stages:
             for i, row in enumerate(stage.update):
                 copied = len(row) == 1 and set(row) <= kept
-                if i and (copied or "D" in row and set(row) <= {"D", "X", "1"}):
+                if i and (copied or ("D" in row and set(row) <= {"D", "X", "1"})):
                     kept.add(f"x{i}")
     return kept
 
