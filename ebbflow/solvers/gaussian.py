@@ -32,8 +32,8 @@ class GaussianResidual(Solver):
         dw/dlambda = -r / sqrt(L + s²)
 
     which is exact, and w is constant for Gaussian data. r is taken as `s / sqrt(L + s²)`, its decay
-    in v-prediction, times a Gaussian process in lambda (Matérn 7/2, of this `length`) given the last
-    `history` residuals; its mean is integrated. From t = 1 the first call lies inside the first
+    in v-prediction, times a Gaussian process in lambda (Matérn 7/2, of this `length`) given
+    the last `history` residuals; its mean is integrated. From t = 1 the first call lies inside the first
     step, all of which it corrects: the Gaussian's flow carries the state there.
 
     Nodes unless given: uniform in the integral over lambda of
