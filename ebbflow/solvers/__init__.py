@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
@@ -10,6 +11,7 @@ from ebbflow.solvers import (
     adams,
     ddim,
     edm,
+    gaussian,
     momentum,
     multistep,
     pndm,
@@ -68,11 +70,13 @@ _SOLVERS = {
         reverse_sde.diffusion,
         reverse_sde.dpm,
         stochastic_adams.sa,
+        gaussian.residual,
+        gaussian.unit,
     )
 }
 
-AUTO = "dpm-solver++2m"
-"""What "auto" is: of the solvers here, the most accurate at few calls that needs no statistics."""
+AUTO = gaussian.Auto("auto", 2, 2, gaussian.OWN, gaussian.residual, gaussian.unit)
+"""What "auto" is: `gaussian-residual` with the data's statistics, `unit-residual` without."""
 
 
 def list() -> builtins.list[str]:
@@ -86,16 +90,21 @@ def get(name: str, **parameters: float | bool) -> Solver:
     "auto" is the library's one default. Raises ValueError for an unknown name or parameter, naming
     the nearest ones.
     """
-    name = AUTO if name == "auto" else name
+    if name == "auto":
+        return _changed(AUTO, parameters)
     if name not in _SOLVERS:
         near = get_close_matches(str(name).lower(), _SOLVERS, 3, 0.3)
         raise ValueError(
             f"unknown solver {name!r}; nearest: {', '.join(near) or 'none'}; "
             f"all: {', '.join(_SOLVERS)}"
         )
-    solver = _SOLVERS[name]
-    own = [f.name for f in fields(solver) if f.name not in {g.name for g in fields(Solver)}]
+    return _changed(_SOLVERS[name], parameters)
+
+
+def _changed(solver: Solver, parameters: Mapping[str, float | bool]) -> Solver:
+    facts = {f.name for f in fields(Solver)} | ({"informed", "plain"} if solver is AUTO else set())
+    own = [f.name for f in fields(solver) if f.name not in facts]
     for key in parameters:
         if key not in own:
-            raise ValueError(f"solver {name!r} has no parameter {key!r}; it has {own}")
+            raise ValueError(f"solver {solver.name!r} has no parameter {key!r}; it has {own}")
     return replace(solver, **parameters)

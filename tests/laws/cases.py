@@ -43,6 +43,9 @@ IN_TIME = frozenset({"euler", "heun"})
 INEXACT = frozenset({"euler-maruyama", "reverse-diffusion", "sde-dpm-solver-1"})
 TIED = IN_TIME | {"euler-maruyama", "reverse-diffusion"}
 
+# Exact for a Gaussian instead of for a constant prediction.
+GAUSSIAN = frozenset({"gaussian-residual", "unit-residual"})
+
 # Enrolment: every name the package lists, so a solver cannot be added without passing.
 SOLVERS = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})
 DETERMINISTIC = tuple(n for n, s in SOLVERS.items() if not s.stochastic and not s.adaptive)
@@ -53,9 +56,23 @@ Maker = Callable[[Schedule, Sequence[float]], Plan]
 
 
 def statistics(law: str = "gaussian") -> ef.Statistics:
-    """Of a law; solvers that do not need them ignore them."""
-    known = LAWS[law]
-    return ef.Statistics.exact(torch.tensor(known.mean), torch.tensor(known.covariance))
+    """Of a law, in its own directions but with another mean and other variances, so that no solver
+    is exact by knowing the law; solvers that do not need them ignore them."""
+    known = exact_statistics(law)
+    shift = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    factors = torch.tensor([1.6, 0.7], dtype=torch.float64)
+    return ef.Statistics(known.mean + shift, known.variance * factors, known.basis)
+
+
+def exact_statistics(law: str = "gaussian") -> ef.Statistics:
+    known = oracle(law)
+    return ef.Statistics.exact(known.mean, known.covariance)
+
+
+def some_statistics(size: int) -> ef.Statistics:
+    """Of no law in particular, along the axes of (size,)."""
+    mean = torch.linspace(-0.3, 0.4, size, dtype=torch.float64)
+    return ef.Statistics(mean, mean + 0.8, torch.eye(size, dtype=torch.float64))
 
 
 def maker(solver: Solver) -> Maker:

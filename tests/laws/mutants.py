@@ -46,26 +46,33 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Bare:
-    """The stages of a plan alone, which may be wrong by the hundred: nothing checks or compiles."""
+    """The stages of a plan alone, which may be wrong by the hundred: nothing checks or compiles.
+
+    turn: the plan's coordinates as columns (d, d), for a plan with a basis.
+    """
 
     stages: tuple[Stage, ...]
     times: tuple[float, ...]
     nfe: int
     registers: int
+    turn: np.ndarray | None = None
 
     @staticmethod
     def of(plan: Plan) -> Bare:
-        return Bare(plan.stages, plan.times, plan.nfe, plan.registers)
+        matrix = None if plan.basis is None else plan.basis.matrix
+        turn = None if matrix is None else matrix.numpy()
+        return Bare(plan.stages, plan.times, plan.nfe, plan.registers, turn)
 
     def table(self) -> np.ndarray:
-        """(nfe, 1 + registers, registers + 2): query and updates over registers, X and D."""
-        size = self.registers
-        columns = {f"x{i}": i for i in range(size)} | {"X": size, "D": size + 1}
-        out = np.zeros((self.nfe, 1 + size, size + 2))
+        """(nfe, 1 + registers, registers + 3, 1 or d): query and updates over registers, X, D and
+        1, of each coordinate where they differ."""
+        size, d = self.registers, 1 if self.turn is None else len(self.turn)
+        columns = {f"x{i}": i for i in range(size)} | {"X": size, "D": size + 1, "1": size + 2}
+        out = np.zeros((self.nfe, 1 + size, size + 3, d))
         for k, stage in enumerate(self.stages):
             for i, row in enumerate((stage.query, *stage.update)):
                 for name, value in row.items():
-                    out[k, i, columns[name]] = value
+                    out[k, i, columns[name]] = np.asarray(value)
         return out
 
 
@@ -75,15 +82,24 @@ def run(machines: list[Bare], x: np.ndarray, denoise: Callable[..., np.ndarray])
     denoise(x, t): the predictions for states (machines, B, d).
     """
     tables = np.stack([machine.table() for machine in machines])
-    size = machines[0].registers
-    held = np.broadcast_to(x.reshape(-1), (len(machines), size, x.size))
+    size, turn = machines[0].registers, machines[0].turn
+    turn = np.eye(x.shape[1]) if turn is None else turn
+    held = np.broadcast_to(x @ turn, (len(machines), size, *x.shape))
+    one, known = np.ones((len(machines), 1, *x.shape)), [*range(size), size + 2]
+
+    def rows(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.einsum(
+            "mijd,mjbd->mibd", np.broadcast_to(table, (*table.shape[:3], x.shape[1])), values
+        )
+
     with np.errstate(all="ignore"):  # what is wrong may overflow
         for k, stage in enumerate(machines[0].stages):
-            query = tables[:, k, :1, :size] @ held
-            d = denoise(query.reshape(-1, *x.shape), stage.time)
-            values = np.concatenate([held, query, d.reshape(query.shape)], axis=1)
-            held = tables[:, k, 1:] @ values
-    return held[:, 0].reshape(-1, *x.shape)
+            held_and_one = np.concatenate([held, one], axis=1)
+            query = rows(tables[:, k][:, :1, known], held_and_one)
+            d = denoise(query[:, 0] @ turn.T, stage.time) @ turn
+            values = np.concatenate([held, query, d[:, None], one], axis=1)
+            held = rows(tables[:, k, 1:], values)
+    return held[:, 0] @ turn.T
 
 
 def example(solver: str, schedule: str = "VP") -> Plan:
