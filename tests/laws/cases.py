@@ -39,6 +39,9 @@ SCHEDULES: dict[str, Schedule] = {
 # Methods in time t, which integrate alpha D + sigma eps exactly only where it is straight in t.
 IN_TIME = frozenset({"euler", "heun"})
 
+# Methods that also look at t where it is not in the network: they depend on what a schedule calls t.
+SEES_TIME = IN_TIME | {"deis-tab1", "deis-tab2", "deis-tab3", "f-pndm"}
+
 # Enrolment: every name the package lists, so a solver cannot be added without passing.
 SOLVERS = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})
 DETERMINISTIC = tuple(n for n, s in SOLVERS.items() if not s.stochastic and not s.adaptive)
