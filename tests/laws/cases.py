@@ -39,12 +39,15 @@ SCHEDULES: dict[str, Schedule] = {
 # Methods in time t, which integrate alpha D + sigma eps exactly only where it is straight in t.
 IN_TIME = frozenset({"euler", "heun"})
 # Discretisations of the reverse SDE keep no constant prediction exact: `test_reverse_sde` has their
-# law. The first two depend on how fast a schedule runs, or on its signal.
+# law.
 INEXACT = frozenset({"euler-maruyama", "reverse-diffusion", "sde-dpm-solver-1"})
-TIED = IN_TIME | {"euler-maruyama", "reverse-diffusion"}
 
 # Exact for a Gaussian instead of for a constant prediction.
 GAUSSIAN = frozenset({"gaussian-residual", "unit-residual"})
+
+# Methods that also look at t where it is not in the network: they depend on what a schedule calls t.
+SEES_TIME = IN_TIME | {"deis-tab1", "deis-tab2", "deis-tab3", "f-pndm"}
+SEES_TIME |= {"euler-maruyama", "reverse-diffusion"}
 
 # Enrolment: every name the package lists, so a solver cannot be added without passing.
 SOLVERS = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})

@@ -16,7 +16,7 @@ from torch import Tensor
 import ebbflow as ef
 from ebbflow.schedules import Schedule, along
 from tests.laws import cases
-from tests.laws.cases import SOLVERS, TIED
+from tests.laws.cases import SEES_TIME, SOLVERS
 from tests.laws.test_betas import DDPM, zero_terminal
 
 SCHEDULES: dict[str, Schedule] = {
@@ -119,12 +119,12 @@ def check_samples(first: ef.Denoiser, second: ef.Denoiser, name: str, times: lis
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
-@pytest.mark.parametrize("name", [n for n in SOLVERS if n not in TIED])
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n not in SEES_TIME])
 def test_samples_on_matched_grids_are_the_same(name: str, own: str, other: str) -> None:
     check_samples(*pair(own, other, "noise", "log_snr"), name, INSIDE)
 
 
-@pytest.mark.parametrize("name", sorted(TIED))
+@pytest.mark.parametrize("name", sorted(SEES_TIME))
 def test_methods_in_time_are_not(name: str) -> None:
     """They depend on how fast a schedule runs: the law tells them apart."""
     with pytest.raises(AssertionError):
@@ -134,7 +134,7 @@ def test_methods_in_time_are_not(name: str) -> None:
 @pytest.mark.parametrize(
     ("own", "other"), [("Cosine", "Linear"), ("Betas to no signal", "Cosine")], ids="-".join
 )
-@pytest.mark.parametrize("name", [n for n in SOLVERS if n not in TIED])
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n not in SEES_TIME])
 def test_from_no_signal_to_no_noise(name: str, own: str, other: str) -> None:
     """Where both ends are infinite, with a clock that is finite there."""
     check_samples(*pair(own, other, "x0", "angle"), name, [1.0, 0.7, 0.4, 0.2, 0.0])
