@@ -6,7 +6,15 @@ import builtins
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
-from ebbflow.solvers import ddim, edm, multistep, runge_kutta
+from ebbflow.solvers import (
+    ddim,
+    dormand_prince,
+    edm,
+    exponential_pair,
+    gotta_go_fast,
+    multistep,
+    runge_kutta,
+)
 from ebbflow.solvers.base import Levels as Levels
 from ebbflow.solvers.base import Solver as Solver
 
@@ -22,6 +30,9 @@ _SOLVERS = {
         multistep.two,
         multistep.three,
         multistep.sde,
+        dormand_prince.dormand_prince,
+        exponential_pair.dpm_solver_23,
+        gotta_go_fast.gotta_go_fast,
     )
 }
 
