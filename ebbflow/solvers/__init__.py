@@ -10,10 +10,14 @@ from ebbflow.solvers import (
     ddim,
     dormand_prince,
     edm,
+    evodiff,
     exponential_pair,
+    genie,
     gotta_go_fast,
+    langevin_corrector,
     multistep,
     runge_kutta,
+    time_shift,
 )
 from ebbflow.solvers.base import Levels as Levels
 from ebbflow.solvers.base import Solver as Solver
@@ -33,6 +37,10 @@ _SOLVERS = {
         dormand_prince.dormand_prince,
         exponential_pair.dpm_solver_23,
         gotta_go_fast.gotta_go_fast,
+        genie.genie,
+        evodiff.evodiff,
+        time_shift.time_shift,
+        langevin_corrector.langevin_corrector,
     )
 }
 

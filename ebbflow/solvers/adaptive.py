@@ -124,10 +124,6 @@ class Adaptive(Stepping):
             raise ValueError(
                 f"{self.name} chooses its own nodes, got {len(ends)} times: give start and end"
             )
-        if not schedule.sigma(float(ends[0])).item():
-            raise ValueError(
-                f"there is no noise at t = {float(ends[0]):g}: {self.name} needs sigma > 0 there"
-            )
         return super().plan(schedule, times=ends, statistics=statistics)
 
     def largest(self, schedule: Schedule, nfe: int, statistics: Statistics | None = None) -> Walk:

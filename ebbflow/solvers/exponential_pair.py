@@ -10,6 +10,10 @@ from torch import Tensor
 from ebbflow.solvers.adaptive import Attempt, Pair, Place, times
 from ebbflow.solvers.stepping import Model
 
+NODES = (1 / 3, 2 / 3)
+WEIGHTS = (2.0, 1.5, 1.5)
+"""Of phi_2 in u_2 and in x', of phi_1 in x'_low: r_2/r_1, 1/r_2 and 1/(2 r_1)."""
+
 
 @dataclass(frozen=True)
 class DPMSolver23(Pair):
@@ -50,12 +54,12 @@ class DPMSolver23(Pair):
             part = times(one, clean) - times(weight * two, change)
             return times(place.sigma / here.sigma, x) - times(place.alpha, part)
 
-        ratios = [torch.exp(-start - share * h) for share in (1 / 3, 2 / 3)]
+        ratios = [torch.exp(-start - share * h) for share in NODES]
         first, second = (Place.of_angle(model.schedule, torch.atan(ratio)) for ratio in ratios)
-        change = model(reach(first, 1 / 3, clean, 0), first.time, rows) - clean
-        query = reach(second, 2 / 3, change, 2)
-        state = reach(there, 1, model(query, second.time, rows) - clean, 1.5)
-        low = reach(there, 1, clean, 0) - times(1.5 * there.alpha * torch.expm1(-h), change)
+        change = model(reach(first, NODES[0], clean, 0), first.time, rows) - clean
+        query = reach(second, NODES[1], change, WEIGHTS[0])
+        state = reach(there, 1, model(query, second.time, rows) - clean, WEIGHTS[1])
+        low = reach(there, 1, clean, 0) - times(WEIGHTS[2] * there.alpha * torch.expm1(-h), change)
         return Attempt(state, state - low)
 
 
