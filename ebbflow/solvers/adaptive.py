@@ -19,7 +19,7 @@ from ebbflow.schedules import Schedule, along
 from ebbflow.solvers.stepping import Model, Point, Stepping, Walk
 from ebbflow.statistics import Statistics
 
-LOOSEST = 3e-4
+LOOSEST = 1e-4
 """A first run under a larger tau takes so few steps that its estimates mean little."""
 
 

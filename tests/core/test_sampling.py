@@ -11,6 +11,7 @@ from torch import Tensor
 import ebbflow as ef
 from ebbflow import Plan
 from ebbflow.schedules import Schedule
+from tests.laws.cases import SOLVERS
 
 VP = ef.schedules.VP()
 MIXTURE = ef.oracles.GaussianMixture(
@@ -91,7 +92,7 @@ def test_unknown_parameters_of_solvers_are_refused() -> None:
             ef.solvers.get("dpm-solver++2m", **bad)
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_increasing_nodes_run_towards_noise(name: str) -> None:
     """Accepted by deterministic solvers, which then undo their own way at their order."""
     solver = ef.solvers.get(name)
@@ -135,7 +136,7 @@ def noise(n: int, seed: int = 0) -> Tensor:
     return ef.noise.normal(seed, range(n), 0, (3,)) * VP.sigma(1.0).item()
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_budget_is_spent_and_not_exceeded(name: str) -> None:
     solver = ef.solvers.get(name)
     for budget in (2, 3, 7, 12):
@@ -159,7 +160,7 @@ def check_trajectory(**asked: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("batch", [None, 2, 8])
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_trajectory_ends_at_the_sample(name: str, batch: int | None) -> None:
     plan = ef.solvers.get(name).plan(VP, 4)
     points = check_trajectory(plan=plan, batch=batch, first_index=3, seed=5)
@@ -186,7 +187,7 @@ def test_on_step_sees_every_node() -> None:
     assert torch.equal(seen[-1].state, samples)
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_full_results_count_what_was_done(name: str) -> None:
     calls: list[int] = []
 

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import ebbflow as ef
 from ebbflow.networks import MLP
+from tests.laws.cases import SOLVERS
 from tests.laws.test_same_sample import randomised
 
 VP = ef.schedules.VP()
@@ -80,7 +81,7 @@ def test_the_default_dtype_is_the_states() -> None:
 
 
 def test_single_precision_is_double_rounded() -> None:
-    for name in ef.solvers.list():
+    for name in SOLVERS:
         plan = ef.solvers.get(name).plan(VP, times=NODES)
         denoiser = ef.Denoiser(curved, VP)
         single = plan.run(denoiser, start().float())
@@ -88,7 +89,7 @@ def test_single_precision_is_double_rounded() -> None:
         torch.testing.assert_close(single.double(), double, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     plan = ef.solvers.get(name).plan(VP, times=NODES)
     weight = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
@@ -251,7 +252,7 @@ def test_runs_leave_what_they_are_given_alone() -> None:
         return kept[-1]
 
     shift = torch.full((3, 1), 0.1, dtype=torch.float64)
-    for name in ef.solvers.list():
+    for name in SOLVERS:
         kept.clear()
         plan = ef.solvers.get(name).plan(VP, times=NODES)
         x, copies, states = start(), [], []
