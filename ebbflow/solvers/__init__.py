@@ -10,8 +10,14 @@ from difflib import get_close_matches
 from ebbflow.solvers import (
     adams,
     ddim,
+    dormand_prince,
     edm,
+    evodiff,
+    exponential_pair,
     gaussian,
+    genie,
+    gotta_go_fast,
+    langevin_corrector,
     momentum,
     multistep,
     pndm,
@@ -19,6 +25,7 @@ from ebbflow.solvers import (
     runge_kutta,
     singlestep,
     stochastic_adams,
+    time_shift,
     unipc,
 )
 from ebbflow.solvers.base import Levels as Levels
@@ -72,6 +79,13 @@ _SOLVERS = {
         stochastic_adams.sa,
         gaussian.residual,
         gaussian.unit,
+        dormand_prince.dormand_prince,
+        exponential_pair.dpm_solver_23,
+        gotta_go_fast.gotta_go_fast,
+        genie.genie,
+        evodiff.evodiff,
+        time_shift.time_shift,
+        langevin_corrector.langevin_corrector,
     )
 }
 

@@ -189,4 +189,19 @@ class Stepping(Solver):
             yield Point(s, x, prediction)
 
     def compile(self, schedule: Schedule, nodes: grids.Times, statistics: Statistics | None) -> Any:
+        if not schedule.sigma(nodes[0]).item():
+            raise ValueError(
+                f"there is no noise at t = {nodes[0]:g}: {self.name} starts where sigma > 0"
+            )
         return Walk(self, schedule, nodes, statistics)
+
+
+def levels(schedule: Schedule, t: float) -> tuple[float, float]:
+    """(alpha, sigma)."""
+    return schedule.alpha(t).item(), schedule.sigma(t).item()
+
+
+def first_order(schedule: Schedule, x: Tensor, clean: Tensor, t: float, s: float) -> Tensor:
+    """DDIM's step from t to s, `alpha' D + (sigma'/sigma) (x - alpha D)`; D at sigma' = 0."""
+    (alpha, sigma), (alpha_s, sigma_s) = levels(schedule, t), levels(schedule, s)
+    return clean if not sigma_s else alpha_s * clean + sigma_s / sigma * (x - alpha * clean)

@@ -85,7 +85,7 @@ def test_zero_signal_refuses_what_cannot_work_and_names_what_can(kind: str) -> N
         for ask in (
             lambda d=denoiser: d(x, 1.0),
             lambda d=denoiser: d(x, one),
-            lambda d=denoiser: ef.sample(d, (2, 3), steps=3),
+            lambda d=denoiser: ef.sample(d, (2, 3), solver="ddim", steps=3),
         ):
             with pytest.raises(ValueError, match=message):
                 ask()

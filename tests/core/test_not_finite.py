@@ -15,6 +15,7 @@ from torch import Tensor
 import ebbflow as ef
 from ebbflow import NonFinite
 from ebbflow.plan import Plan
+from tests.laws.cases import SOLVERS, some_statistics
 
 VP = ef.schedules.VP()
 
@@ -43,9 +44,9 @@ def run(plan: Plan, net: Breaks, prediction: str = "x0", **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_call_of_every_solver_is_watched(name: str, value: float) -> None:
-    plan = ef.solvers.get(name).plan(VP, 5, statistics=None)
+    plan = ef.solvers.get(name).plan(VP, 5, statistics=some_statistics(5))
     for k in range(plan.nfe):
         with pytest.raises(NonFinite) as caught:
             run(plan, Breaks(k, value))

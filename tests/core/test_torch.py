@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import ebbflow as ef
 from ebbflow.networks import MLP
+from tests.laws.cases import SOLVERS, some_statistics
 from tests.laws.test_same_sample import randomised
 
 VP = ef.schedules.VP()
@@ -80,17 +81,17 @@ def test_the_default_dtype_is_the_states() -> None:
 
 
 def test_single_precision_is_double_rounded() -> None:
-    for name in ef.solvers.list():
-        plan = ef.solvers.get(name).plan(VP, times=NODES)
+    for name in SOLVERS:
+        plan = ef.solvers.get(name).plan(VP, times=NODES, statistics=some_statistics(4))
         denoiser = ef.Denoiser(curved, VP)
         single = plan.run(denoiser, start().float())
         double = plan.run(denoiser, start().float().double())
         torch.testing.assert_close(single.double(), double, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    plan = ef.solvers.get(name).plan(VP, times=NODES)
+    plan = ef.solvers.get(name).plan(VP, times=NODES, statistics=some_statistics(4))
     weight = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
 
     def end(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "dpm-solver++3m", "edm", "ddpm", "edm-churn"])
 def test_transforms_of_torch_func_agree(name: str) -> None:
-    plan = ef.solvers.get(name).plan(VP, times=NODES)
+    plan = ef.solvers.get(name).plan(VP, times=NODES, statistics=some_statistics(4))
     denoiser = ef.Denoiser(curved, VP, "v")
     x, direction = start(), torch.ones(3, 4, dtype=torch.float64)
 
@@ -251,9 +252,9 @@ def test_runs_leave_what_they_are_given_alone() -> None:
         return kept[-1]
 
     shift = torch.full((3, 1), 0.1, dtype=torch.float64)
-    for name in ef.solvers.list():
+    for name in SOLVERS:
         kept.clear()
-        plan = ef.solvers.get(name).plan(VP, times=NODES)
+        plan = ef.solvers.get(name).plan(VP, times=NODES, statistics=some_statistics(4))
         x, copies, states = start(), [], []
         for step in plan.execute(ef.Denoiser(net, VP), x, shift=shift):
             copies.append(kept[-1].clone())

@@ -14,6 +14,7 @@ import ebbflow as ef
 from ebbflow.plan import Plan
 from ebbflow.schedules import Schedule
 from ebbflow.solvers import Solver
+from ebbflow.solvers.stepping import Stepping
 from tests.laws import reference
 from tests.laws.reference import Mixture
 
@@ -50,9 +51,20 @@ SEES_TIME = IN_TIME | {"deis-tab1", "deis-tab2", "deis-tab3", "f-pndm"}
 SEES_TIME |= {"euler-maruyama", "reverse-diffusion"}
 
 # Enrolment: every name the package lists, so a solver cannot be added without passing.
-SOLVERS = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})
+EVERY = MappingProxyType({name: ef.solvers.get(name) for name in ef.solvers.list()})
+# Those that write plans have tables to look at; the others are held to test_walks.py and
+# test_adaptive.py.
+SOLVERS = MappingProxyType({n: s for n, s in EVERY.items() if not isinstance(s, Stepping)})
+WALKS = MappingProxyType(
+    {n: s for n, s in EVERY.items() if isinstance(s, Stepping) and not s.adaptive}
+)
+ADAPTIVE = MappingProxyType({n: s for n, s in EVERY.items() if s.adaptive})
 DETERMINISTIC = tuple(n for n, s in SOLVERS.items() if not s.stochastic and not s.adaptive)
 STOCHASTIC = tuple(n for n, s in SOLVERS.items() if s.stochastic and not s.adaptive)
+
+# Those that can do without statistics; the others write plans in a basis, whose rows hold along its
+# axes: test_basis_plans.py and test_gaussian_residual.py look at them.
+PLAIN = tuple(n for n, s in SOLVERS.items() if "statistics" not in s.needs)
 
 Maker = Callable[[Schedule, Sequence[float]], Plan]
 """`make(schedule, nodes) -> plan`: a solver, or a wrong one."""

@@ -11,7 +11,17 @@ import ebbflow as ef
 from ebbflow import solvers
 from ebbflow.solvers import Solver
 from tests.laws import cases, mutants
-from tests.laws.cases import DETERMINISTIC, IN_TIME, INEXACT, SCHEDULES, SOLVERS, STOCHASTIC
+from tests.laws.cases import (
+    ADAPTIVE,
+    DETERMINISTIC,
+    EVERY,
+    IN_TIME,
+    INEXACT,
+    SCHEDULES,
+    SOLVERS,
+    STOCHASTIC,
+    WALKS,
+)
 from tests.laws.test_consistency import check_one
 
 NEEDS = {"statistics", "jvp", "training"}
@@ -20,7 +30,8 @@ NEEDS = {"statistics", "jvp", "training"}
 def test_nothing_is_left_out() -> None:
     listed = ef.solvers.list()
     assert len(listed) == len(set(listed)) and listed
-    assert sorted(DETERMINISTIC + STOCHASTIC) == sorted(listed), "an adaptive solver needs its law"
+    assert sorted(DETERMINISTIC + STOCHASTIC) == sorted(SOLVERS)
+    assert sorted([*SOLVERS, *WALKS, *ADAPTIVE]) == sorted(listed), "a solver without a law"
     assert set(listed) >= IN_TIME | INEXACT
 
 
@@ -30,12 +41,12 @@ def test_every_published_solver_is_listed() -> None:
     for module in pkgutil.iter_modules(solvers.__path__):
         members = vars(importlib.import_module(f"ebbflow.solvers.{module.name}"))
         published |= {s.name: s for s in members.values() if isinstance(s, Solver)}
-    assert published == dict(SOLVERS)
+    assert published == dict(EVERY)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_facts_are_stated(name: str) -> None:
-    solver = SOLVERS[name]
+    solver = EVERY[name]
     assert solver.name == name == name.lower()
     for order in (solver.order, solver.nominal_order):
         assert isinstance(order, int) and not isinstance(order, bool) and order >= 1
@@ -43,9 +54,9 @@ def test_facts_are_stated(name: str) -> None:
     assert type(solver.stochastic) is bool and type(solver.adaptive) is bool
     assert isinstance(solver.needs, frozenset) and solver.needs <= NEEDS
     assert type(solver).__doc__, "the update equation belongs to the docstring"
-    plan = mutants.example(name)
-    assert plan.stochastic == solver.stochastic
-    assert plan.origin["solver"] == name
+    ends = cases.maker(solver)(SCHEDULES["VP"], [0.95, 0.05])
+    assert ends.stochastic == solver.stochastic
+    assert ends.origin["solver"] == name
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -16,7 +16,7 @@ from torch import Tensor
 import ebbflow as ef
 from ebbflow import Plan, Stage, noise
 from tests.laws import cases, mutants
-from tests.laws.cases import SOLVERS
+from tests.laws.cases import PLAIN, SOLVERS
 
 COSINE = ef.schedules.Cosine()
 Row = dict[str, float]
@@ -103,7 +103,7 @@ def test_any_machine_runs_as_its_dense_form_says(plan: Plan) -> None:
     check_dense(plan, plan)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_dense_forms_of_solvers_and_of_their_mutants(name: str) -> None:
     plan = cases.maker(SOLVERS[name])(COSINE, cases.uneven(5))
     check_dense(plan, plan)
@@ -121,7 +121,7 @@ def test_a_file_keeps_any_machine(plan: Plan) -> None:
     assert torch.equal(again.run(DENOISER, X, seed=2), plan.run(DENOISER, X, seed=2))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_transitions_are_the_steps(name: str) -> None:
     """Given the stage before it, the next state is normal, with this mean and this deviation."""
     plan = cases.maker(SOLVERS[name])(COSINE, cases.uneven(5))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ebbflow as ef
 from ebbflow.networks import MLP, UNet
-from tests.laws.cases import SOLVERS
+from tests.laws.cases import PLAIN, SOLVERS, some_statistics
 
 ROOT = Path(__file__).parents[2]
 VP = ef.schedules.VP()
@@ -33,7 +33,7 @@ def randomised(net: torch.nn.Module) -> torch.nn.Module:
 
 def vectors() -> ef.Denoiser:
     net = randomised(MLP(3, width=16, blocks=1, classes=4))
-    return ef.Denoiser(net, VP, "edm", shape=(3,), time="angle", sigma_data=0.5)
+    return ef.Denoiser(net, VP, "edm", (3,), some_statistics(3), "angle", 0.5)
 
 
 def pictures() -> ef.Denoiser:
@@ -101,7 +101,7 @@ def elementwise(x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_executor_does_not_know_the_batch(name: str, dtype: torch.dtype) -> None:
     """Without chunks, odd sizes, any row: vectorised loops and their tails round alike."""
     denoiser = ef.Denoiser(elementwise, VP, "noise")

@@ -1,0 +1,73 @@
+"""Brownian paths that remember what was drawn and not used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebbflow.schedules import along
+from ebbflow.solvers.adaptive import put
+
+
+@dataclass
+class BrownianPath:
+    """One path of rate 1 a sample; what a refused step had drawn of it is not drawn again.
+
+    spans (depth, B): lengths of the kept pieces, the next on top; increments (depth, B, *shape):
+    over these lengths; height (B,): how many are kept.
+    """
+
+    spans: Tensor
+    increments: Tensor
+    height: Tensor
+
+    @staticmethod
+    def like(x: Tensor) -> BrownianPath:
+        empty = torch.zeros(0, len(x), dtype=torch.float64)
+        height = torch.zeros(len(x), dtype=torch.int64)
+        return BrownianPath(empty, x.new_zeros(0, *x.shape), height)
+
+    def next(self, rows: Tensor, span: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """The next piece of each of `rows`, of length `span` or less: (length, increment).
+
+        A fresh piece is `sqrt(span) normal`. A kept piece W of a length T <= span comes whole; of a
+        longer one comes the first part, `(s/T) W + sqrt(s (T - s)/T) normal` for s = span, and the
+        rest stays: a Brownian bridge.
+        """
+        kept = self.height[rows] > 0
+        fresh = along(span.sqrt(), normal).to(normal) * normal
+        if not bool(kept.any()):
+            return span, fresh
+        top = (self.height[rows] - 1).clamp(min=0)
+        whole, increment = self.spans[top, rows], self.increments[top, rows]
+        part = torch.minimum(span, whole)
+        share = part / whole
+        spread = (part * (1 - share)).clamp(min=0).sqrt()
+        bridge = along(share, normal).to(normal) * increment
+        bridge = torch.where(
+            along(share == 1, normal).to(normal.device),
+            increment,
+            bridge + along(spread, normal).to(normal) * normal,
+        )
+        split = kept & (share < 1)
+        self.spans = self.spans.index_put((top[split], rows[split]), (whole - part)[split])
+        self.increments = self.increments.index_put(
+            (top[split], rows[split]), (increment - bridge)[split]
+        )
+        self.height = put(self.height, rows, self.height[rows] - (kept & ~split).long())
+        length = torch.where(kept, part, span)
+        return length, torch.where(along(kept, normal).to(normal.device), bridge, fresh)
+
+    def keep(self, rows: Tensor, span: Tensor, increment: Tensor) -> None:
+        """Put pieces back, which come next."""
+        height = self.height[rows]
+        if len(rows) and int(height.max()) == len(self.spans):
+            level = self.spans.new_zeros(1, len(self.height))
+            self.spans = torch.cat([self.spans, level])
+            level = self.increments.new_zeros(1, *self.increments.shape[1:])
+            self.increments = torch.cat([self.increments, level])
+        self.spans = self.spans.index_put((height, rows), span)
+        self.increments = self.increments.index_put((height, rows), increment)
+        self.height = put(self.height, rows, height + 1)
