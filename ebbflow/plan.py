@@ -178,7 +178,7 @@ class Plan:
             values[:X] = [combine(row, values, in_place) for row in update]
             if inspect:
                 where = f"at step {k + 1} of {self.nfe}, t = {self.stages[k].time:g},"
-                require_finite(values[D], f"the prediction {where}")
+                require_finite(prediction, f"the prediction {where}")
                 for register in values[:X]:
                     require_finite(register, f"the state {where}")
             else:
