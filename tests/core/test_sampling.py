@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"plan": ef.solvers.get("ddim").plan(VP, 2), "times": [1.0, 0.0]},
         r"got \['plan', 'times'\]",
     ),
-    "unknown solver": ({"solver": "dpm-solver2m"}, r"'dpm-solver2m'; nearest: dpm-solver-2m"),
+    "unknown solver": ({"solver": "dpm-solver2m"}, "'dpm-solver2m'; nearest: dpm-solver-2m"),
     "capitals": ({"solver": "DDIM"}, "nearest: ddim"),
     "x_init of another shape": (
         {"x_init": torch.zeros(4, 2)},

@@ -46,7 +46,7 @@ INEXACT = frozenset({"euler-maruyama", "reverse-diffusion", "sde-dpm-solver-1"})
 # Exact for a Gaussian instead of for a constant prediction.
 GAUSSIAN = frozenset({"gaussian-residual", "unit-residual"})
 
-# Methods that also look at t where it is not in the network: they depend on what a schedule calls t.
+# Methods that look at t beside the network: they depend on what a schedule calls t.
 SEES_TIME = IN_TIME | {"deis-tab1", "deis-tab2", "deis-tab3", "f-pndm"}
 SEES_TIME |= {"euler-maruyama", "reverse-diffusion"}
 
