@@ -119,7 +119,7 @@ class Adaptive(Stepping):
                 f"{self.name} chooses its own steps, got steps={steps}: say how accurate, "
                 f'solvers.get("{self.name}", tolerance={self.tolerance:g}), or nfe= for a cap'
             )
-        ends = (1.0, 0.0) if times is None else tuple(times)
+        ends = (1.0, 0.0) if times is None else tuple(float(t) for t in times)
         if len(ends) != 2:
             raise ValueError(
                 f"{self.name} chooses its own nodes, got {len(ends)} times: give start and end"
