@@ -252,7 +252,7 @@ def test_what_adaptive_solvers_are_asked(name: str) -> None:
         ef.sample(denoiser, (2, 2), solver=name, steps=7)
     with pytest.raises(ValueError, match="got 3 times: give start and end"):
         solver.plan(VP, times=[1.0, 0.5, 0.0])
-    with pytest.raises(ValueError, match="no noise at t = 0"):
+    with pytest.raises(ValueError, match=r"no noise at t = 0|is stochastic"):
         solver.plan(VP, times=[0.0, 1.0])
     for bad in ({"tolerance": 0.0}, {"tolerance": math.nan}, {"cap": 0}, {"cap": 2.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
