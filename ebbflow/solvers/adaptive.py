@@ -187,7 +187,8 @@ class Pair(Adaptive):
             tried = self._try(model, rows, run.x[rows], run.clean[rows], now, there)
             size = norm(tried.state).maximum(there.level)
             error = norm(tried.error) / (size * tau[rows])
-            run = run.after(rows, tried, there, error <= 1, growth(error, power))
+            length = (there.angle - now.angle) * growth(error, power)
+            run = run.after(rows, tried, there, error <= 1, length)
             home = rows[(error <= 1) & last]
             if len(home):
                 ends, wanted = ends.judged(home, run, tau[home], end.at(home), self)
@@ -240,10 +241,9 @@ class Run:
         )
 
     def after(
-        self, rows: Tensor, tried: Attempt, there: Place, taken: Tensor, factor: Tensor
+        self, rows: Tensor, tried: Attempt, there: Place, taken: Tensor, length: Tensor
     ) -> Run:
         """Those of `rows` whose step is taken are there; all go on with their next length."""
-        length = (there.angle - self.place.angle[rows]) * factor
         moved, at = rows[taken], taken.nonzero()[:, 0]
         clean = self.clean if tried.clean is None else put(self.clean, moved, tried.clean[at])
         return Run(

@@ -97,17 +97,17 @@ class Trial(NamedTuple):
         return Attempt(self.low + self.rise, self.rise)
 
     def judged(self, before: Tensor, absolute: float, relative: float) -> tuple[Tensor, Tensor]:
-        """Whether the step is taken, and by what the next is longer; `before` is the last low."""
+        """Whether the step is taken, and the next one's length; `before` is the last low."""
         scale = torch.maximum(
             self.low.abs(), times(self.there.level / self.here.level, before).abs()
         )
         bound = times(self.there.level, torch.full_like(scale, absolute))
         error = norm(self.rise / torch.maximum(bound, relative * scale))
-        factor, went = growth(error, 0.9), self.there.angle - self.here.angle
+        length = (self.there.angle - self.here.angle) * growth(error, 0.9)
         # A piece of the path that ended a step early says nothing against its length.
         early = (error <= 1) & (self.there.angle > self.aim)
-        wanted = (self.aim - self.here.angle) / went
-        return error <= 1, torch.where(early, factor.maximum(wanted), factor)
+        wanted = self.aim - self.here.angle  # negative, as every step towards data is
+        return error <= 1, torch.where(early, length.minimum(wanted), length)
 
 
 def improved_euler(

@@ -50,8 +50,8 @@ class GottaGoFast(Adaptive):
             run, draw = run.informed(model, rows), draw + 1
             aim = (run.place.angle + run.length)[rows].maximum(limit[rows])
             tried = improved_euler(model, rows, run, aim, path, draw)
-            taken, factor = tried.judged(before[rows], self.absolute, self.tolerance)
-            run = run.after(rows, tried.attempt, tried.there, taken, factor)
+            taken, length = tried.judged(before[rows], self.absolute, self.tolerance)
+            run = run.after(rows, tried.attempt, tried.there, taken, length)
             before = put(before, rows[taken], tried.low[taken])
             path.keep(rows[~taken], tried.span[~taken], tried.increment[~taken])
             on = run.place.angle > limit * (1 + 1e-12)
