@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class Adaptive(Stepping):
                 f"{self.name} chooses its own steps, got steps={steps}: say how accurate, "
                 f'solvers.get("{self.name}", tolerance={self.tolerance:g}), or nfe= for a cap'
             )
-        ends = (1.0, 0.0) if times is None else tuple(times)
+        ends = (1.0, 0.0) if times is None else tuple(float(t) for t in times)
         if len(ends) != 2:
             raise ValueError(
                 f"{self.name} chooses its own nodes, got {len(ends)} times: give start and end"
@@ -150,15 +150,11 @@ class Pair(Adaptive):
 
     confirm: bool = True
 
-    @property
-    def weaker(self) -> int:
-        """Order of the solution that the estimate compares with."""
-        raise NotImplementedError
+    weaker: ClassVar[int]
+    """Order of the solution that the estimate compares with."""
 
-    @property
-    def cost(self) -> int:
-        """The most evaluations that an attempt takes."""
-        raise NotImplementedError
+    cost: ClassVar[int]
+    """The most evaluations that an attempt takes."""
 
     def singular(self, here: Place, there: Place) -> Tensor:
         """Steps for which the method has no formula: those to sigma = 0, at the least."""
@@ -179,7 +175,7 @@ class Pair(Adaptive):
         loosest = LOOSEST if self.confirm else math.inf
         tau = torch.full_like(span, min(self.tolerance, loosest))
         length, never = span / 4 * tau.clamp(max=1) ** power, torch.zeros_like(rows) > 0
-        opening = _Run(x, model(x, nodes[0], rows), start, length, never)
+        opening = Run(x, model(x, nodes[0], rows), start, length, never)
         run, ends = opening, _Ends(x, x, torch.full_like(span, math.nan), never)
         while len(rows := rows[model.evaluations[rows] + self.cost <= self.cap]):
             run = run.informed(model, rows)
@@ -191,7 +187,8 @@ class Pair(Adaptive):
             tried = self._try(model, rows, run.x[rows], run.clean[rows], now, there)
             size = norm(tried.state).maximum(there.level)
             error = norm(tried.error) / (size * tau[rows])
-            run = run.after(rows, tried, there, error <= 1, growth(error, power))
+            length = (there.angle - now.angle) * growth(error, power)
+            run = run.after(rows, tried, there, error <= 1, length)
             home = rows[(error <= 1) & last]
             if len(home):
                 ends, wanted = ends.judged(home, run, tau[home], end.at(home), self)
@@ -224,8 +221,8 @@ class Pair(Adaptive):
 
 
 @dataclass
-class _Run:
-    """Where each sample is on its present run."""
+class Run:
+    """Where each sample is on its way, and by what angle it steps next."""
 
     x: Tensor
     clean: Tensor
@@ -233,7 +230,7 @@ class _Run:
     length: Tensor
     stale: Tensor
 
-    def informed(self, model: Model, rows: Tensor) -> _Run:
+    def informed(self, model: Model, rows: Tensor) -> Run:
         """With the predictions that are missing."""
         new = rows[self.stale[rows]]
         if not len(new):
@@ -244,13 +241,12 @@ class _Run:
         )
 
     def after(
-        self, rows: Tensor, tried: Attempt, there: Place, taken: Tensor, factor: Tensor
-    ) -> _Run:
+        self, rows: Tensor, tried: Attempt, there: Place, taken: Tensor, length: Tensor
+    ) -> Run:
         """Those of `rows` whose step is taken are there; all go on with their next length."""
-        length = (there.angle - self.place.angle[rows]) * factor
         moved, at = rows[taken], taken.nonzero()[:, 0]
         clean = self.clean if tried.clean is None else put(self.clean, moved, tried.clean[at])
-        return _Run(
+        return Run(
             put(self.x, moved, tried.state[at]),
             clean,
             self.place.put(moved, there.at(taken)),
@@ -258,10 +254,10 @@ class _Run:
             self.stale.index_fill(0, moved, tried.clean is None),
         )
 
-    def again(self, rows: Tensor, opening: _Run) -> _Run:
+    def again(self, rows: Tensor, opening: Run) -> Run:
         """`rows` back at the start."""
         at = rows
-        return _Run(
+        return Run(
             put(self.x, rows, opening.x[at]),
             put(self.clean, rows, opening.clean[at]),
             self.place.put(rows, opening.place.at(rows)),
@@ -280,7 +276,7 @@ class _Ends:
     final: Tensor
 
     def judged(
-        self, rows: Tensor, run: _Run, tau: Tensor, end: Place, pair: Pair
+        self, rows: Tensor, run: Run, tau: Tensor, end: Place, pair: Pair
     ) -> tuple[_Ends, Tensor]:
         """With the ends of `rows`; and the tau at which those run next that are not final."""
         x = run.x[rows]

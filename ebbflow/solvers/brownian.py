@@ -1,14 +1,16 @@
-"""Brownian paths that remember what was drawn and not used."""
+"""Steps of the reverse SDE along Brownian paths that remember what was drawn and not used."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebbflow.schedules import along
-from ebbflow.solvers.adaptive import put
+from ebbflow.solvers.adaptive import Attempt, Place, Run, growth, norm, put, times
+from ebbflow.solvers.stepping import Model
 
 
 @dataclass
@@ -71,3 +73,58 @@ class BrownianPath:
         self.spans = self.spans.index_put((height, rows), span)
         self.increments = self.increments.index_put((height, rows), increment)
         self.height = put(self.height, rows, height + 1)
+
+
+def snr_between(angle: Tensor, aim: Tensor) -> Tensor:
+    """cot²(aim) - cot²(angle), what alpha²/sigma² grows by, without cancellation."""
+    product = torch.sin(angle - aim) * torch.sin(angle + aim)
+    return product / (torch.sin(angle) * torch.sin(aim)) ** 2
+
+
+class Trial(NamedTuple):
+    """Where a step came: Euler-Maruyama's state, what improved Euler adds to it, and its noise."""
+
+    here: Place
+    aim: Tensor
+    there: Place
+    low: Tensor
+    rise: Tensor
+    span: Tensor
+    increment: Tensor
+
+    @property
+    def attempt(self) -> Attempt:
+        return Attempt(self.low + self.rise, self.rise)
+
+    def judged(self, before: Tensor, absolute: float, relative: float) -> tuple[Tensor, Tensor]:
+        """Whether the step is taken, and the next one's length; `before` is the last low."""
+        scale = torch.maximum(
+            self.low.abs(), times(self.there.level / self.here.level, before).abs()
+        )
+        bound = times(self.there.level, torch.full_like(scale, absolute))
+        error = norm(self.rise / torch.maximum(bound, relative * scale))
+        length = (self.there.angle - self.here.angle) * growth(error, 0.9)
+        # A piece of the path that ended a step early says nothing against its length.
+        early = (error <= 1) & (self.there.angle > self.aim)
+        wanted = self.aim - self.here.angle  # negative, as every step towards data is
+        return error <= 1, torch.where(early, length.minimum(wanted), length)
+
+
+def improved_euler(
+    model: Model, rows: Tensor, run: Run, aim: Tensor, path: BrownianPath, draw: int
+) -> Trial:
+    """A step of `dw = D ds + dB` towards the angle `aim`, as far as the path's next piece.
+
+    w = x alpha/sigma², s = alpha²/sigma².
+    """
+    here, clean = run.place.at(rows), run.clean[rows]
+    span = snr_between(here.angle, aim)
+    ds, db = path.next(rows, span, model.normal(clean, draw, rows))
+    s = (here.alpha / here.sigma) ** 2 + ds
+    angle = torch.where(ds == span, aim, torch.atan(s.rsqrt()))
+    there = Place.of_angle(model.schedule, angle)
+    unit = there.sigma**2 / there.alpha
+    w = times(here.alpha / here.sigma**2, run.x[rows]) + times(ds, clean) + db
+    low = times(unit, w)
+    rise = times(unit * ds / 2, model(low, there.time, rows) - clean)
+    return Trial(here, aim, there, low, rise, ds, db)

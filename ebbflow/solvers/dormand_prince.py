@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,13 +33,8 @@ class DormandPrince(Pair):
     A family of embedded Runge-Kutta formulae, table 2.
     """
 
-    @property
-    def weaker(self) -> int:
-        return 4
-
-    @property
-    def cost(self) -> int:
-        return 7
+    weaker: ClassVar[int] = 4
+    cost: ClassVar[int] = 7
 
     def attempt(
         self, model: Model, rows: Tensor, x: Tensor, clean: Tensor, here: Place, there: Place

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebbflow.solvers.channels import share
 from ebbflow.solvers.stepping import Model, Stepping, Walk, first_order, levels
 
 
@@ -19,18 +20,6 @@ class Past(NamedTuple):
     now: Tensor | None = None
     before: Tensor | None = None
     time: float = math.nan
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each channel: the axis after the batch, if there are more behind it."""
-    axes = tuple(range(2 if a.ndim > 2 else 1, a.ndim))
-    return (a * b).sum(axes, keepdim=True)
-
-
-def _share(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> / <b, b> between -2 and 2; 1 where b is zero."""
-    below = _dot(b, b)
-    return torch.where(below > 0, _dot(a, b) / torch.where(below > 0, below, 1), 1).clamp(-2, 2)
 
 
 @dataclass(frozen=True)
@@ -53,9 +42,7 @@ class EVODiff(Stepping):
     def initial(self, model: Model, x: Tensor, walk: Walk) -> Past:
         return Past(walk.times[-1])
 
-    def step(
-        self, model: Model, x: Tensor, t: float, s: float, state: Past
-    ) -> tuple[Tensor, Tensor, Past]:
+    def step(self, model: Model, x: Tensor, t: float, s: float, state: Past) -> Any:
         schedule, last = model.schedule, s == state.end
         m0, m1 = model(x, t) if state.now is None else state.now, state.before
         euler = first_order(schedule, x, m0, t, s)
@@ -64,18 +51,15 @@ class EVODiff(Stepping):
         places = [levels(schedule, time) for time in (state.time, t, s)]
         k1, k0, k = (sigma / alpha if alpha else math.inf for alpha, sigma in places)
         half, r = places[2][1] * (1 / k - 1 / k0) / 2, math.log(k1 / k0) / math.log(k0 / k)
-        base, weight = math.sqrt(k * k1) / k0, 0.5 * (1 - (2 / math.pi * math.atan(k)) ** 2)
-        r1 = (1 - weight) * base + weight * _share(m0, m1)
+        base, w = math.sqrt(k * k1) / k0, 0.5 * (1 - (2 / math.pi * math.atan(k)) ** 2)
+        r1 = (1 - w) * base + w * share(m0, m1)
         d1 = m0 - r1 * m1
         ri = (torch.sigmoid(0.25 * r1.abs()) * r).clamp(0.25 * r, 1.5 * r)
         mt = model(euler + half / ri * d1, s)
-        r2 = (1 - weight) * base + weight * _share(mt, m0)
-        d2 = mt - r2 * m0
-        h = 1 / k - 1 / k0
-        past, new = d1 / (r * h), r * d2 / h
-        eta = 0.5 * torch.sigmoid((0.5 * _share(new + past, new - past)).abs())
-        b = (1 - eta) * r * d2 - eta / r * d1
-        zeta = torch.sigmoid((_share(half / ri * (d1 - b), d1) / (2 * half)).abs() - 0.5)
+        past, new = d1 / r, r * (mt - ((1 - w) * base + w * share(mt, m0)) * m0)
+        eta = 0.5 * torch.sigmoid((0.5 * share(new + past, new - past)).abs())
+        b = (1 - eta) * new - eta * past
+        zeta = torch.sigmoid((share(half / ri * (d1 - b), d1) / (2 * half)).abs() - 0.5)
         return euler + half / zeta * b, m0, Past(state.end, mt, m0, t)
 
 

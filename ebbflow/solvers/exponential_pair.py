@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,13 +32,8 @@ class DPMSolver23(Pair):
     alpha = 0.
     """
 
-    @property
-    def weaker(self) -> int:
-        return 2
-
-    @property
-    def cost(self) -> int:
-        return 3
+    weaker: ClassVar[int] = 2
+    cost: ClassVar[int] = 3
 
     def singular(self, here: Place, there: Place) -> Tensor:
         return (there.sigma == 0) | (here.alpha == 0) | (there.alpha == 0)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebbflow.solvers.adaptive import Adaptive, Place, growth, norm, put, times
-from ebbflow.solvers.brownian import BrownianPath
+from ebbflow.schedules import along
+from ebbflow.solvers.adaptive import Adaptive, Place, Run, put
+from ebbflow.solvers.brownian import BrownianPath, improved_euler
 from ebbflow.solvers.stepping import Model, Point, Walk
 
 
@@ -38,49 +39,26 @@ class GottaGoFast(Adaptive):
         return True
 
     def walk(self, model: Model, x: Tensor, walk: Walk) -> Iterator[Point]:
-        schedule, every, draw = walk.schedule, torch.arange(len(x)), 0
+        every, path, before, draw = torch.arange(len(x)), BrownianPath.like(x), x, 0
         nodes = torch.tensor(walk.times, dtype=torch.float64)[:, None].expand(2, len(x))
-        here, end = (Place.of_time(schedule, t) for t in nodes)
+        start, end = (Place.of_time(walk.schedule, t) for t in nodes)
         quiet = not bool(end.sigma[0])
-        limit = torch.full_like(end.angle, math.atan(self.absolute)) if quiet else end.angle
-        path, before, clean, known = BrownianPath.like(x), x, x, every < 0
-        length, on = (here.angle - limit) / 100, here.angle > limit
+        limit = end.angle.clamp(min=math.atan(self.absolute)) if quiet else end.angle
+        run = Run(x, x, start, (limit - start.angle) / 100, every >= 0)
+        on = start.angle > limit
         while len(rows := every[on & (model.evaluations + 2 + quiet <= self.cap)]):
-            draw += 1
-            new = rows[~known[rows]]
-            if len(new):
-                clean, known = put(clean, new, model(x[new], here.time[new], new)), known | True
-            now, state, first = here.at(rows), x[rows], clean[rows]
-            aim = (now.angle - length[rows]).maximum(limit[rows])
-            # s' - s without cancellation, for a short step.
-            span = torch.sin(now.angle - aim) * torch.sin(now.angle + aim)
-            span = span / (torch.sin(now.angle) * torch.sin(aim)) ** 2
-            ds, db = path.next(rows, span, model.normal(state, draw, rows))
-            s = (now.alpha / now.sigma) ** 2 + ds
-            angle = torch.where(ds == span, aim, torch.atan(s.rsqrt()))
-            there = Place.of_angle(schedule, angle)
-            unit = there.sigma**2 / there.alpha
-            low = times(unit, times(now.alpha / now.sigma**2, state) + times(ds, first) + db)
-            rise = times(unit * ds / 2, model(low, there.time, rows) - first)
-            scale = torch.maximum(low.abs(), times(there.level / now.level, before[rows]).abs())
-            bound = times(there.level, torch.full_like(x[rows], self.absolute))
-            error = norm(rise / torch.maximum(bound, self.tolerance * scale))
-            taken, next_length = error <= 1, (now.angle - angle) * growth(error, 0.9)
-            # A piece of the path that ended a step early says nothing against its length.
-            early = taken & (ds < span)
-            length[rows] = torch.where(early, next_length.maximum(now.angle - aim), next_length)
-            moved, back = rows[taken], rows[~taken]
-            path.keep(back, ds[~taken], db[~taken])
-            x, before = put(x, moved, (low + rise)[taken]), put(before, moved, low[taken])
-            here, known[moved] = here.put(moved, there.at(taken)), False
-            on[moved] = angle[taken] > limit[moved] * (1 + 1e-12)
-        done = every[~on]
-        if quiet and len(done):
-            clean = put(clean, done, model(x[done], here.time[done], done))
-            x = put(x, done, clean[done])
-        model.times = torch.where(on, here.time, nodes[1])
-        yield Point(walk.times[1], x, clean)
+            run, draw = run.informed(model, rows), draw + 1
+            aim = (run.place.angle + run.length)[rows].maximum(limit[rows])
+            tried = improved_euler(model, rows, run, aim, path, draw)
+            taken, length = tried.judged(before[rows], self.absolute, self.tolerance)
+            run = run.after(rows, tried.attempt, tried.there, taken, length)
+            before = put(before, rows[taken], tried.low[taken])
+            path.keep(rows[~taken], tried.span[~taken], tried.increment[~taken])
+            on = run.place.angle > limit * (1 + 1e-12)
+        run = run.informed(model, every[~on]) if quiet else run
+        x = torch.where(along(~on, x).to(x.device), run.clean, run.x) if quiet else run.x
+        model.times = torch.where(on, run.place.time, nodes[1])
+        yield Point(walk.times[1], x, run.clean)
 
 
-REFERENCE = "Gotta Go Fast When Generating Data with Score-Based Models, algorithm 1"
-gotta_go_fast = GottaGoFast("gotta-go-fast", 1, 1, REFERENCE)
+gotta_go_fast = GottaGoFast("gotta-go-fast", 1, 1, "Gotta Go Fast When Generating Data with …")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ebbflow import grids
-from ebbflow.schedules import Schedule, along
-from ebbflow.solvers.adaptive import norm
-from ebbflow.solvers.stepping import Model, Stepping, Walk, levels
+from ebbflow.schedules import Schedule
+from ebbflow.solvers.adaptive import norm, times
+from ebbflow.solvers.stepping import Model, Stepping, Walk, ancestral, levels
 
 
 @dataclass(frozen=True)
@@ -33,45 +34,30 @@ class LangevinCorrector(Stepping):
 
     def __post_init__(self) -> None:
         if not 0 <= self.snr < math.inf or self.corrections < 0 or self.corrections % 1:
-            raise ValueError(
-                f"snr must be at least 0 and corrections an integer of at least 0, got {self.snr} "
-                f"and {self.corrections}"
-            )
+            raise ValueError(f"snr {self.snr}, corrections {self.corrections}: need at least 0")
 
     @property
     def stochastic(self) -> bool:
         return True
 
     def calls(self, schedule: Schedule, times: grids.Times) -> int:
-        quiet = not schedule.sigma(times[-1]).item()
-        return (len(times) - 1) * (1 + self.corrections) - quiet * self.corrections
+        return sum(1 + self.corrections * bool(schedule.sigma(s)) for s in times[1:])
 
     def initial(self, model: Model, x: Tensor, walk: Walk) -> int:
         return 1
 
-    def step(
-        self, model: Model, x: Tensor, t: float, s: float, state: int
-    ) -> tuple[Tensor, Tensor, int]:
-        (alpha, sigma), (alpha_s, sigma_s) = levels(model.schedule, t), levels(model.schedule, s)
-        clean = model(x, t)
+    def step(self, model: Model, x: Tensor, t: float, s: float, state: int) -> Any:
+        (alpha_s, sigma_s), clean = levels(model.schedule, s), model(x, t)
         if not sigma_s:
             return clean, clean, state
-        kept = alpha * sigma_s / (alpha_s * sigma)
-        x = kept * sigma_s / sigma * x + alpha_s * (1 - kept**2) * clean
-        x = x + sigma_s * math.sqrt(1 - kept**2) * model.normal(x, state)
-        ratio = self.snr * math.sqrt(min(1.0, -math.log(kept) if kept else 1.0))
-        for i in range(self.corrections):
-            score = (alpha_s * model(x, s) - x) / sigma_s**2
-            z = model.normal(x, state + 1 + i)
-            length = 2 * (ratio * norm(z) / norm(score)) ** 2
-            x = x + _times(length, score) + _times((2 * length).sqrt(), z)
+        x = ancestral(model.schedule, x, clean, t, s, model.normal(x, state))
+        h = (model.schedule.log_snr(s) - model.schedule.log_snr(t)).item() / 2
+        for draw in range(state + 1, state + 1 + self.corrections):
+            score, z = (alpha_s * model(x, s) - x) / sigma_s**2, model.normal(x, draw)
+            length = 2 * min(1.0, h) * (self.snr * norm(z) / norm(score)) ** 2
+            x = x + times(length, score) + times((2 * length).sqrt(), z)
         return x, clean, state + 1 + self.corrections
 
 
-def _times(values: Tensor, x: Tensor) -> Tensor:
-    return along(values, x).to(x.device, x.dtype) * x
-
-
-langevin_corrector = LangevinCorrector(
-    "langevin-corrector", 1, 1, "Score-Based Generative Modeling through …, algorithms 2 to 5"
-)
+REFERENCE = "Score-Based Generative Modeling through …, algorithms 2 to 5"
+langevin_corrector = LangevinCorrector("langevin-corrector", 1, 1, REFERENCE)

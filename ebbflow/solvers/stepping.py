@@ -5,6 +5,7 @@ Such a solver compiles to a `Walk`, which runs like a plan; `sample` drives both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -199,6 +200,20 @@ class Stepping(Solver):
 def levels(schedule: Schedule, t: float) -> tuple[float, float]:
     """(alpha, sigma)."""
     return schedule.alpha(t).item(), schedule.sigma(t).item()
+
+
+def ancestral(
+    schedule: Schedule, x: Tensor, clean: Tensor, t: float, s: float, z: Tensor
+) -> Tensor:
+    """DDPM's step from t to s, with the exact posterior for a prediction that does not change.
+
+    `(sigma'/sigma) e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) z` for a step h in
+    log(alpha/sigma).
+    """
+    (alpha, sigma), (alpha_s, sigma_s) = levels(schedule, t), levels(schedule, s)
+    kept = alpha * sigma_s / (alpha_s * sigma)
+    moved = kept * sigma_s / sigma * x + alpha_s * (1 - kept**2) * clean
+    return moved + sigma_s * math.sqrt(1 - kept**2) * z
 
 
 def first_order(schedule: Schedule, x: Tensor, clean: Tensor, t: float, s: float) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebbflow.schedules import Schedule, along
+from ebbflow.schedules import Schedule
+from ebbflow.solvers.adaptive import times
 from ebbflow.solvers.stepping import Model, Stepping, Walk
 
 
@@ -31,9 +32,8 @@ class TimeShift(Stepping):
 
     def __post_init__(self) -> None:
         if not self.window >= 0 or not 0 <= self.cutoff <= 1:
-            raise ValueError(
-                f"window must be at least 0 and cutoff in [0, 1], got {self.window}, {self.cutoff}"
-            )
+            given = f"got {self.window}, {self.cutoff}"
+            raise ValueError(f"window must be at least 0 and cutoff in [0, 1], {given}")
 
     def initial(self, model: Model, x: Tensor, walk: Walk) -> Tensor:
         return torch.full((len(x),), walk.start, dtype=torch.float64)
@@ -42,13 +42,9 @@ class TimeShift(Stepping):
         self, model: Model, x: Tensor, t: float, s: float, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         schedule, clean = model.schedule, model(x, state)
-        alpha, sigma = schedule.alpha(state), schedule.sigma(state)
-        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-        scale, shift = (
-            along(v, x).to(x.device, x.dtype)
-            for v in (sigma_s / sigma, alpha_s - sigma_s / sigma * alpha)
-        )
-        x = scale * x + shift * clean if sigma_s else clean
+        kept = schedule.sigma(s) / schedule.sigma(state)
+        given = schedule.alpha(s) - kept * schedule.alpha(state)
+        x = times(kept, x) + times(given, clean) if schedule.sigma(s) else clean
         width = self.window * (t - s) ** 2 / 2 if s > self.cutoff else 0.0
         return x, clean, self._time(schedule, x, s, width)
 
@@ -63,6 +59,5 @@ class TimeShift(Stepping):
         return (low + high) / 2 if width else low
 
 
-time_shift = TimeShift(
-    "time-shift", 1, 1, "Alleviating Exposure Bias in Diffusion Models through Sampling …"
-)
+REFERENCE = "Alleviating Exposure Bias in Diffusion Models through Sampling …, algorithm 2"
+time_shift = TimeShift("time-shift", 1, 1, REFERENCE)

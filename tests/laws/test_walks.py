@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ebbflow as ef
+from ebbflow.solvers import channels
 from ebbflow.solvers.stepping import Model
 from tests.laws import cases, reference
 from tests.laws.cases import SCHEDULES, WALKS
@@ -62,7 +63,7 @@ def test_calls_are_as_planned(name: str) -> None:
         assert found.nfe == plan.nfe and found.status == "completed"
         # A Jacobian-vector product is one call of the network and costs two.
         assert len(calls) == plan.nfe or "jvp" in solver.needs
-    with pytest.raises(ValueError, match="no noise at t = 0|is stochastic"):
+    with pytest.raises(ValueError, match=r"no noise at t = 0|is stochastic"):
         solver.plan(VP, times=[0.0, 0.5])
 
 
@@ -199,11 +200,12 @@ def test_evodiff_is_its_formulas() -> None:
     check_evodiff()
 
 
-@pytest.mark.parametrize("what", ["_share", "_dot"])
+@pytest.mark.parametrize("what", ["share", "dot"])
 def test_a_wrong_evodiff_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(ef.solvers.evodiff, what)
-    twice = {"_share": lambda a, b: 1.001 * right(a, b), "_dot": lambda a, b: right(a, b) + 1e-3}
-    monkeypatch.setattr(ef.solvers.evodiff, what, twice[what])
+    place = {"share": ef.solvers.evodiff, "dot": channels}[what]
+    right = getattr(place, what)
+    wrong = {"share": lambda a, b: 1.001 * right(a, b), "dot": lambda a, b: right(a, b) + 1e-3}
+    monkeypatch.setattr(place, what, wrong[what])
     with pytest.raises(AssertionError):
         check_evodiff()
 
