@@ -19,7 +19,7 @@ from ebbflow.schedules import Schedule, along
 from ebbflow.solvers.stepping import Model, Point, Stepping, Walk
 from ebbflow.statistics import Statistics
 
-LOOSEST = 1e-4
+LOOSEST = 3e-5
 """A first run under a larger tau takes so few steps that its estimates mean little."""
 
 
@@ -141,7 +141,7 @@ class Pair(Adaptive):
     sample runs at `tau = tolerance` (or `LOOSEST`) and again at a tenth. In the limit errors are
     proportional to tau, so the ends' difference e is the first run's error and a tenth of it the
     second's; its result is kept if the more cautious estimate `e sqrt(tau_2/tau_1)` is at most
-    `tolerance max(1, rms(x_0))`. If not, the sample runs again at the tau that this asks for.
+    `tolerance max(1, rms(x_0)) / 2`. If not, the sample runs again at the tau that this asks for.
     confirm=False runs once at tau = tolerance, as the papers do.
 
     A sample that `cap` stops keeps its last end if it has one; in `Result.times` is then NaN, and
@@ -282,8 +282,8 @@ class _Ends:
         x = run.x[rows]
         apart = norm(x - self.x[rows]) / norm(x).maximum(end.level)
         estimate = apart * (tau / self.tau[rows]).sqrt() / pair.tolerance
-        final = (estimate <= 1) | (not pair.confirm)
-        wanted = tau * (0.5 / estimate).nan_to_num(0.1).clamp(1e-3, 0.1)
+        final = (estimate <= 0.5) | (not pair.confirm)
+        wanted = tau * (0.3 / estimate).nan_to_num(0.1).clamp(1e-3, 0.1)
         # At sigma = 0 a state is its own prediction.
         clean = x if end.sigma[0] == 0 else run.clean[rows]
         ends = _Ends(
@@ -332,7 +332,7 @@ def open_step(
 
 
 def _require_precision(solver: Adaptive, x: Tensor) -> None:
-    least = 10 * torch.finfo(x.dtype).eps
+    least = 100 * torch.finfo(x.dtype).eps
     if solver.tolerance < least:
         raise ValueError(
             f"tolerance {solver.tolerance:g} is less than {x.dtype} resolves, {least:.1e}: "
