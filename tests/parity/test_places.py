@@ -18,6 +18,7 @@ from torch import Tensor
 import ebbflow as ef
 from ebbflow.denoiser import factor
 from ebbflow.rows import Stage
+from tests.laws.cases import PLAIN
 
 Operation = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -83,7 +84,7 @@ def test_the_fast_factor_has_the_bits_of_the_number(dtype: torch.dtype) -> None:
         assert torch.equal(scaled(x, value), x * value)
 
 
-@pytest.mark.parametrize("name", ef.solvers.list())
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(name: str) -> None:
     """Shapes of odd sizes, so that rows start and end anywhere in a vector."""
     schedule = ef.schedules.VP()

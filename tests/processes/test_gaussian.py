@@ -16,7 +16,7 @@ from tests.laws.cases import LAWS, SCHEDULES
 
 def carried(law: str, schedule: str, t: float, s: float) -> Tensor:
     x = cases.tensor(cases.start(law, schedule))
-    return ef.gaussian_flow(cases.statistics(law), SCHEDULES[schedule], x, t, s)
+    return ef.gaussian_flow(cases.exact_statistics(law), SCHEDULES[schedule], x, t, s)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -44,7 +44,7 @@ def test_wrong_flows_are_seen() -> None:
 
 def test_it_is_a_flow() -> None:
     """There and back is the identity, and two parts are the whole."""
-    process, known = SCHEDULES["Cosine"], cases.statistics()
+    process, known = SCHEDULES["Cosine"], cases.exact_statistics()
     x = cases.tensor(cases.start("gaussian", "Cosine"))
     half = ef.gaussian_flow(known, process, x, 0.95, 0.4)
     whole = ef.gaussian_flow(known, process, x, 0.95, 0.1)
@@ -95,7 +95,7 @@ def solve(schedule: str, first: float, calls: int, solver: str) -> tuple[float, 
         end = ef.sample(denoiser, x.shape, solver=solver, times=nodes(t), x_init=x)
         return float(np.sqrt(((end.numpy() - exact) ** 2).sum(1).mean()))
 
-    start = ef.gaussian_flow(cases.statistics("mixture"), process, x, 0.95, first)
+    start = ef.gaussian_flow(cases.exact_statistics("mixture"), process, x, 0.95, first)
     return error(x, 0.95), error(start, first)
 
 
@@ -110,7 +110,7 @@ def test_eight_calls_go_further_with_the_start(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["VP", "Cosine"])
 def test_the_prior_has_the_law_of_the_process(schedule: str) -> None:
     """Mean and covariance of N(alpha m, alpha² C + sigma²), at a time that keeps signal."""
-    process, known = SCHEDULES[schedule], cases.statistics()
+    process, known = SCHEDULES[schedule], cases.exact_statistics()
     x = ef.gaussian_prior(known, process, 40_000, t=0.3, dtype=torch.float64)
     law, alpha, sigma = LAWS["gaussian"], process.alpha(0.3).item(), process.sigma(0.3).item()
     covariance = alpha**2 * law.covariance + sigma**2 * np.eye(2)
@@ -133,7 +133,7 @@ def test_a_true_prior_mends_what_no_solver_can() -> None:
     assert (plan.moments(mean, covariance, start=wrong).mean - mean).abs().max() > 0.2
     alpha = short.alpha(1.0)
     right = (alpha * mean, alpha**2 * covariance + wrong[1])
-    known = cases.statistics()
+    known = cases.exact_statistics()
     x = ef.gaussian_prior(known, short, 40_000, dtype=torch.float64)
     assert (x.mean(0) - right[0]).abs().max() < 0.03
     assert (plan.moments(mean, covariance, start=right).mean - mean).abs().max() < 1e-3
