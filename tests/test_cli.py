@@ -480,3 +480,16 @@ def test_papers_as_a_table_and_for_machines(run: Run) -> None:
     assert [entry["id"] for entry in entries] == [paper.id for paper in papers.read()]
     table = run("papers")[1]
     assert all(entry["id"] in table for entry in entries)
+
+
+def test_an_adaptive_solver_takes_a_tolerance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["sample", "--model", "oracle", "--solver", "dormand-prince", "--count", "50"]
+    assert main([*asked, "--tolerance", "1e-3", "--out", "a.png"]) == 0
+    assert "dormand-prince, as many calls as it takes" in capsys.readouterr().out
+    assert main([*asked, "--steps", "20"]) == 2
+    assert "tolerance" in capsys.readouterr().err
+    assert main(["sample", "--model", "oracle", "--tolerance", "1e-3", "--solver", "ddim"]) == 2
+    assert "has no parameter 'tolerance'" in capsys.readouterr().err

@@ -45,6 +45,8 @@ class Options:
     """Steps of the solver; without it, the model's own choice."""
     nfe: int | None = None
     """Budget of denoiser calls, in place of --steps."""
+    tolerance: float | None = None
+    """Of solvers that choose their own steps, such as dormand-prince."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; without it, the model's own choice."""
     seed: int = 0
@@ -93,8 +95,9 @@ def run(options: Options) -> None:
         print_json(report)
         return
     there = f", {report['skipped']} were there" if report["skipped"] else ""
+    calls = "as many calls as it takes" if recipe.plan.nfe is None else f"{recipe.plan.nfe} calls"
     print(
-        f"{options.out}: {drawn} samples drawn{there}; {facts['solver']}, {recipe.plan.nfe} calls, "
+        f"{options.out}: {drawn} samples drawn{there}; {facts['solver']}, {calls}, "
         f"guidance {facts['guidance']:g}, {report['seconds']:.1f} s"
     )
 
@@ -128,13 +131,15 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
         denoiser = ClassifierFree(denoiser, guidance, null={"label": known})
     name = options.solver or chosen.get("solver", "auto")
     solver = solvers.get(name)
+    if options.tolerance is not None:
+        solver = solvers.get(name, tolerance=options.tolerance)
     if options.nfe is not None:
         if options.steps is not None:
             raise ValueError(f"give --steps {options.steps} or --nfe {options.nfe}, not both")
         plan = solver.largest(denoiser.schedule, options.nfe, denoiser.statistics)
     else:
         steps = options.steps
-        if steps is None:
+        if steps is None and not solver.adaptive:
             steps = int(chosen.get("steps", STEPS))
         plan = solver.plan(denoiser.schedule, steps, statistics=denoiser.statistics)
     batch = options.batch
@@ -146,6 +151,7 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
         "model": options.model,
         "classes": list(classes),
         "solver": solver.name,
+        **({} if options.tolerance is None else {"tolerance": options.tolerance}),
         "steps": len(plan.times) - 1,
         "guidance": guidance,
         "seed": options.seed,
