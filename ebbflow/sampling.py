@@ -262,7 +262,8 @@ def _prepare(
         raise ValueError(f"give at most one of steps, nfe, times and plan; got {sorted(given)}")
     if plan is None:
         solver = solvers.get(solver) if isinstance(solver, str) else solver
-        statistics = denoiser.statistics
+        known = denoiser.statistics
+        statistics = None if known is None else known.given(**condition)
         if nfe is not None:
             plan = solver.largest(denoiser.schedule, nfe, statistics)
         else:

@@ -148,12 +148,14 @@ class Statistics:
         """Statistics of a known mean (*shape) and covariance (d, d)."""
         return Statistics(mean.double(), *eigen(covariance))
 
-    def given(self, **condition: Any) -> Statistics:
-        """The statistics of one class, `given(label=3)`; or else the pooled ones."""
+    def given(self, **condition: Any) -> Statistics | None:
+        """The statistics under a condition: of its one class, `given(label=3)`, or these if there
+        are no classes or no label; None for labels that differ or a class that is not known."""
         label = condition.get("label")
-        if isinstance(label, Tensor):
-            label = int(label.flatten()[0]) if len(label.unique()) == 1 else None
-        return self.classes.get(label, self) if isinstance(label, int) else self
+        if label is None or not self.classes:
+            return self
+        labels = torch.as_tensor(label).unique().tolist()
+        return self.classes.get(labels[0]) if len(labels) == 1 else None
 
     @property
     def axes(self) -> Basis | None:

@@ -133,15 +133,18 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     solver = solvers.get(name)
     if options.tolerance is not None:
         solver = solvers.get(name, tolerance=options.tolerance)
+    known_law = denoiser.statistics
+    if known_law is not None and classes:
+        known_law = known_law.given(label=classes)
     if options.nfe is not None:
         if options.steps is not None:
             raise ValueError(f"give --steps {options.steps} or --nfe {options.nfe}, not both")
-        plan = solver.largest(denoiser.schedule, options.nfe, denoiser.statistics)
+        plan = solver.largest(denoiser.schedule, options.nfe, known_law)
     else:
         steps = options.steps
         if steps is None and not solver.adaptive:
             steps = int(chosen.get("steps", STEPS))
-        plan = solver.plan(denoiser.schedule, steps, statistics=denoiser.statistics)
+        plan = solver.plan(denoiser.schedule, steps, statistics=known_law)
     batch = options.batch
     if batch is None:
         batch = POINTS if len(shape) == 1 else 16 if device.type == "cpu" else 256

@@ -99,11 +99,16 @@ def test_classes_are_statistics_of_their_own(kind: str) -> None:
         alone = Statistics.from_data(x[label == LABELS], kind=kind)
         for given in (label, torch.tensor(label), torch.full((5,), label)):
             part = found.given(label=given)
+            assert part is not None
             torch.testing.assert_close(part.mean, alone.mean)
             torch.testing.assert_close(part.covariance(), alone.covariance())
     pooled = Statistics.from_data(x, kind=kind)
-    for condition in ({}, {"label": 7}, {"label": torch.tensor([0, 1])}, {"text": "a"}):
-        torch.testing.assert_close(found.given(**condition).covariance(), pooled.covariance())
+    torch.testing.assert_close(found.covariance(), pooled.covariance())
+    for condition in ({}, {"label": None}, {"text": "a"}):
+        assert found.given(**condition) is found
+    # Of several classes at once, or of one that is not known, there is no one law.
+    for unknown in (7, torch.tensor([0, 1])):
+        assert found.given(label=unknown) is None
 
 
 def test_the_size_chooses_the_kind() -> None:

@@ -57,6 +57,7 @@ def test_models_come_back(facts: str, tmp_path: Path) -> None:
     assert again.statistics is not None
     for kind in (None, 0, 1):
         one, two = (s.given(label=kind) for s in (again.statistics, right.statistics))
+        assert one is not None and two is not None
         torch.testing.assert_close(one.mean, two.mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(one.covariance(), two.covariance(), rtol=1e-5, atol=1e-6)
     assert not again.net.training
@@ -69,6 +70,7 @@ def test_statistics_come_back(kind: str) -> None:
     again = ef.Statistics.from_tensors(right.tensors())
     for part in (None, 0, 1, 2):
         one, two = again.given(label=part), right.given(label=part)
+        assert one is not None and two is not None
         assert torch.equal(one.mean, two.mean)
         torch.testing.assert_close(one.covariance(), two.covariance(), rtol=1e-13, atol=1e-13)
     with pytest.raises(ValueError, match="lack 'variance'"):
