@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser, require_known
 from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
 from ebbflow.finite import NonFinite
 from ebbflow.plan import Plan, require_start
 from ebbflow.rows import combine, compile_stage, on_device
+from ebbflow.sampling import prepare
 from ebbflow.solvers import Solver
+from ebbflow.solvers.stepping import Model
 
 METHODS: Mapping[str, Method] = {
     "jacobi": Method(),
@@ -85,28 +86,21 @@ def parallel(
     Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, algorithms 1 to 4;
     the sliding window is that of Parallel Sampling of Diffusion Models.
     """
-    shape = tuple(torch.Size(shape))
     if isinstance(method, str):
         require_known("method", method, METHODS)
         method = METHODS[method]
-    if plan is None:
-        solver = solvers.get(solver) if isinstance(solver, str) else solver
-        plan = solver.plan(denoiser.schedule, steps, times=times, statistics=denoiser.statistics)
-    elif steps is not None or times is not None:
-        raise ValueError(f"give at most one of steps, times and plan (steps={steps})")
-    if not isinstance(plan, Plan):
-        raise ValueError(f"{type(plan).__name__} is no plan: this solver's steps are not linear")
-    x = _start(denoiser, shape, plan, seed, first_index) if x_init is None else x_init
-    if tuple(x.shape) != shape or len(shape) < 2 or shape[0] < 1:
-        raise ValueError(f"x_init has shape {tuple(x.shape)}, expected {shape}: (batch, *sample)")
-    for name, value in {"x_init": x, **condition}.items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which parallel has not: .detach() it")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
+    job = prepare(denoiser, shape, solver, steps, None, times, plan, x_init, None, condition)
+    job = replace(job, seed=seed, first_index=first_index)
+    (chunk,) = job.chunks(None)
+    if not isinstance(job.plan, Plan):
+        raise ValueError(f"{type(job.plan).__name__} is no plan: its steps are not linear")
+    plan = job.plan
+    x = job.start(chunk)
     x, basis = require_start(plan.schedule, denoiser, x), plan.basis
     z = x if basis is None else basis.forward(x)
-    system = _Trajectory(denoiser, plan, x, z, seed, first_index, batch, condition)
+    system = _Trajectory(job.account(chunk), plan, x, z, batch)
     try:
         found = solve(
             system,
@@ -130,35 +124,12 @@ def parallel(
     return ParallelResult(samples, found.calls, evaluations, found.rounds, found.residual, status)
 
 
-def _start(
-    denoiser: Denoiser, shape: tuple[int, ...], plan: Plan, seed: int, first_index: int
-) -> Tensor:
-    if plan.start != 1:
-        raise ValueError(f"the first node is {plan.start:g}, not 1: give x_init, the state there")
-    like = next(denoiser.parameters(), torch.zeros((), device="cpu"))
-    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-    indices = range(first_index, first_index + shape[0])
-    z = noise.normal(seed, indices, 0, shape[1:], dtype, like.device)
-    return z * plan.schedule.sigma(1.0).item()
-
-
 class _Trajectory:
     """A run of a plan as a triangular system: its carry is the registers, unknowns predictions."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        plan: Plan,
-        x: Tensor,
-        z: Tensor,
-        seed: int,
-        first_index: int,
-        batch: int | None,
-        condition: Mapping[str, Any],
-    ) -> None:
-        self.denoiser, self.plan, self.batch, self.condition = denoiser, plan, batch, condition
+    def __init__(self, model: Model, plan: Plan, x: Tensor, z: Tensor, batch: int | None) -> None:
+        self.model, self.plan, self.batch = model, plan, batch
         self.like, self.shape = z, x.shape  # z: the start in the plan's coordinates
-        self.seed, self.first_index = seed, first_index
         programs = (compile_stage(stage, x.dtype) for stage in plan.stages)
         self.programs = [on_device(program, x.device) for program in programs]
         self.times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
@@ -173,11 +144,7 @@ class _Trajectory:
         fresh = None
         if self.programs[t][2]:
             if t not in self.noise:
-                x = self.like
-                indices = range(self.first_index, self.first_index + len(x))
-                self.noise[t] = noise.normal(
-                    self.seed, indices, t + 1, x.shape[1:], x.dtype, x.device
-                )
+                self.noise[t] = self.model.normal(self.like, t + 1)
             fresh = self.noise[t][rows.to(self.like.device)]
         return [*carry, None, None, fresh, 1.0]
 
@@ -192,17 +159,12 @@ class _Trajectory:
         return torch.cat([self._call(*part) for part in parts])
 
     def _call(self, times: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-        condition = {
-            name: value[rows.to(value.device)]
-            if isinstance(value, Tensor) and value.ndim and len(value) == len(self.like)
-            else value
-            for name, value in self.condition.items()
-        }
+        condition, denoiser = self.model.cut(rows), self.model.denoiser
         basis = self.plan.basis
         if basis is None:
-            return self.denoiser.at(self.times[times], queries)(queries, **condition)
+            return denoiser.at(self.times[times], queries)(queries, **condition)
         states = basis.inverse(queries, torch.Size((len(rows), *self.shape[1:])))
-        return basis.forward(self.denoiser.at(self.times[times], states)(states, **condition))
+        return basis.forward(denoiser.at(self.times[times], states)(states, **condition))
 
     def advance(
         self, t: int, carry: Carry, query: Tensor, answer: Tensor, rows: Tensor

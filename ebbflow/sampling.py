@@ -16,7 +16,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.solvers import Solver
-from ebbflow.solvers.stepping import Model, Walk
+from ebbflow.solvers.stepping import Model, Walk, cut
 from ebbflow.solvers.stepping import Point as Point
 
 
@@ -85,7 +85,7 @@ def sample(
     when the network returns NaN or infinity.
     """
     began = time.perf_counter()
-    job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
+    job = prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
     parts, accounts = [], []
     chunks = job.chunks(batch)
@@ -135,12 +135,12 @@ def trajectory(
     **condition: Any,
 ) -> Iterator[Point]:
     """Iterate over (time, state, prediction) at the nodes after the first; see `sample`."""
-    job = _prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
+    job = prepare(denoiser, shape, solver, steps, nfe, times, plan, x_init, gradient, condition)
     job = replace(job, seed=seed, first_index=first_index, denoise=denoise)
     return _together(job, [job.run(chunk, job.account(chunk)) for chunk in job.chunks(batch)])
 
 
-def _together(job: _Job, runs: list[Iterator[Point]]) -> Iterator[Point]:
+def _together(job: Job, runs: list[Iterator[Point]]) -> Iterator[Point]:
     while True:
         # Entered at each step, so that the caller's own gradient mode holds in between.
         with job.mode():
@@ -154,7 +154,7 @@ def _together(job: _Job, runs: list[Iterator[Point]]) -> Iterator[Point]:
         yield Point(reached[0].time, states, predictions)
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Samples `first` to `first + size` are evaluated; rows `keep` of them were asked for."""
 
     first: int
@@ -163,7 +163,9 @@ class _Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """What is to be sampled, checked; `prepare` makes it."""
+
     denoiser: Denoiser
     shape: tuple[int, ...]
     plan: Plan | Walk
@@ -181,29 +183,28 @@ class _Job:
     def mode(self) -> Any:
         return nullcontext() if self.gradient else torch.no_grad()
 
-    def chunks(self, batch: int | None) -> list[_Chunk]:
+    def chunks(self, batch: int | None) -> list[Chunk]:
         begin, end = self.first_index, self.first_index + self.shape[0]
         if batch is None:
-            return [_Chunk(begin, self.shape[0], slice(None))]
+            return [Chunk(begin, self.shape[0], slice(None))]
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
         return [
-            _Chunk(c, batch, slice(max(begin - c, 0), min(end - c, batch)))
+            Chunk(c, batch, slice(max(begin - c, 0), min(end - c, batch)))
             for c in range(begin // batch * batch, end, batch)
         ]
 
-    def account(self, chunk: _Chunk) -> Model:
+    def account(self, chunk: Chunk) -> Model:
         """The denoiser with the condition of one chunk; it counts what is spent."""
         rows = self._rows(chunk)
-        condition = {name: self._cut(value, rows) for name, value in self.condition.items()}
+        batch = self.shape[0]
+        condition = {name: cut(value, rows, batch) for name, value in self.condition.items()}
         indices = range(chunk.first, chunk.first + chunk.size)
         return Model(self.denoiser, condition, self.seed, indices)
 
-    def run(self, chunk: _Chunk, account: Model) -> Iterator[Point]:
-        given = self.x_init
-        x = self._prior(chunk) if given is None else self._cut(given, self._rows(chunk))
+    def run(self, chunk: Chunk, account: Model) -> Iterator[Point]:
         last = self.plan.times[-1]
-        for t, state, prediction in self._nodes(account, x):
+        for t, state, prediction in self._nodes(account, self.start(chunk)):
             if t == last and self.extra:
                 prediction = state = account(state, t)
             yield Point(t, state[chunk.keep], prediction[chunk.keep])
@@ -212,18 +213,22 @@ class _Job:
         if isinstance(self.plan, Walk):
             yield from self.plan.execute(account, x)
             return
-        first = account.indices.start
+        first, stages = account.indices.start, self.plan.stages
+        account.evaluations += len(stages)
+        account.passes += sum(self.denoiser.passes(stage.time) for stage in stages)
         for step in self.plan.execute(self.denoiser, x, self.seed, first, **account.condition):
-            stage = self.plan.stages[step.stage]
-            account.spend(stage.time)
+            stage = stages[step.stage]
             if stage.node is not None and step.state is not None:
                 yield Point(stage.node, step.state, step.prediction)
 
-    def _rows(self, chunk: _Chunk) -> Tensor:
+    def _rows(self, chunk: Chunk) -> Tensor:
         rows = torch.arange(chunk.size) + (chunk.first - self.first_index)
         return rows.clamp(0, self.shape[0] - 1)  # padding repeats an end row
 
-    def _prior(self, chunk: _Chunk) -> Tensor:
+    def start(self, chunk: Chunk) -> Tensor:
+        """The states at the first node: those given, or the prior's."""
+        if self.x_init is not None:
+            return cut(self.x_init, self._rows(chunk), self.shape[0])
         parameter = next(self.denoiser.parameters(), None)
         device = "cpu" if parameter is None else parameter.device
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -231,13 +236,8 @@ class _Job:
         z = noise.normal(self.seed, indices, 0, self.shape[1:], dtype, device)
         return z * self.plan.schedule.sigma(1.0).item()
 
-    def _cut(self, value: Any, rows: Tensor) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == self.shape[0]:
-            return value[rows.to(value.device)]
-        return value
 
-
-def _prepare(
+def prepare(
     denoiser: Denoiser,
     shape: Sequence[int],
     solver: str | Solver,
@@ -248,7 +248,8 @@ def _prepare(
     x_init: Tensor | None,
     gradient: str | None,
     condition: dict[str, Any],
-) -> _Job:
+) -> Job:
+    """The job that the arguments of `sample` ask for; raises ValueError where they contradict."""
     shape = tuple(torch.Size(shape))
     if len(shape) < 2 or shape[0] < 1:
         raise ValueError(f"shape must be (batch, *sample) with a batch of at least 1, got {shape}")
@@ -283,4 +284,4 @@ def _prepare(
                 f"{name} requires a gradient, but sampling runs without: pass gradient='direct', "
                 f"or {name}.detach()"
             )
-    return _Job(denoiser, shape, plan, x_init, condition, gradient)
+    return Job(denoiser, shape, plan, x_init, condition, gradient)

@@ -14,6 +14,7 @@ from ebbflow.oracles import GaussianMixture
 from ebbflow.sampling import sample
 from ebbflow.schedules import Schedule, along
 from ebbflow.solvers import Solver
+from ebbflow.solvers.stepping import cut
 
 LevelLogits = Callable[[Tensor], Tensor]
 """`level_logits(y) -> (B, levels)`: log p(level | y) up to a constant, `y = x_0 + r eps`."""
@@ -91,7 +92,7 @@ def denoising_mcmc(
         for j in best_level.unique().tolist():
             rows = best_level == j
             nodes = _down(schedule, float(grid[j]), steps)
-            own = {name: _cut(value, rows) for name, value in condition.items()}
+            own = {name: cut(value, rows, len(rows)) for name, value in condition.items()}
             x = best[rows] * alphas[j].item()
             samples[rows] = sample(
                 denoiser, x.shape, solver=solver, times=nodes, x_init=x, denoise=True, **own
@@ -135,8 +136,3 @@ def _down(schedule: Schedule, t: float, steps: int) -> tuple[float, ...]:
     share = torch.arange(1, grids.check_steps(steps), dtype=torch.float64) / steps
     inner = schedule.time(-2 * torch.log(torch.tan(high + (low - high) * share)))
     return (t, *inner.tolist(), 0.0)
-
-
-def _cut(value: Any, rows: Tensor) -> Any:
-    whole = isinstance(value, Tensor) and value.ndim and len(value) == len(rows)
-    return value[rows.to(value.device)] if whole else value

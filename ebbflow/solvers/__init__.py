@@ -116,8 +116,9 @@ def get(name: str, **parameters: float | bool) -> Solver:
 
 
 def _changed(solver: Solver, parameters: Mapping[str, float | bool]) -> Solver:
-    facts = {f.name for f in fields(Solver)} | ({"informed", "plain"} if solver is AUTO else set())
-    own = [f.name for f in fields(solver) if f.name not in facts]
+    facts = {f.name for f in fields(Solver)}
+    parts = {f.name for f in fields(solver) if isinstance(getattr(solver, f.name), Solver)}
+    own = [f.name for f in fields(solver) if f.name not in facts | parts]
     for key in parameters:
         if key not in own:
             raise ValueError(f"solver {solver.name!r} has no parameter {key!r}; it has {own}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebbflow import grids
-from ebbflow.plan import Plan, Stage
+from ebbflow.plan import Plan, Row, Stage
 from ebbflow.schedules import Schedule
 from ebbflow.statistics import Statistics
 
@@ -149,3 +149,12 @@ def first_order(levels: Levels, k: int) -> tuple[float, float]:
     a = levels.sigma[k + 1] / levels.sigma[k] if levels.sigma[k] else math.nan
     h = levels.lambda_[k + 1] - levels.lambda_[k]
     return a, -levels.alpha[k + 1] * math.expm1(-h)
+
+
+def combination(*terms: tuple[Any, Row]) -> dict[str, Any]:
+    """The sum of factor times row."""
+    total: dict[str, Any] = {}
+    for factor, row in terms:
+        for name, value in row.items():
+            total[name] = total[name] + factor * value if name in total else factor * value
+    return total

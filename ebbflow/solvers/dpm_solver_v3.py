@@ -21,7 +21,7 @@ from ebbflow import grids
 from ebbflow.bases import Basis
 from ebbflow.plan import Plan, Stage
 from ebbflow.schedules import Schedule
-from ebbflow.solvers.base import Grid, Levels, Solver, first_order
+from ebbflow.solvers.base import Grid, Levels, Solver, combination, first_order
 from ebbflow.solvers.model_statistics import ModelStatistics
 
 PAPER = "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics"
@@ -50,15 +50,6 @@ def step(
         weights.append(-share * torch.exp(-there.S_end))
         constant = constant + share * there.J_end
     return torch.exp(-way.L_end), weights, constant
-
-
-def _add(*terms: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
-    """The sum of factor times row."""
-    total: dict[str, Any] = {}
-    for factor, row in terms:
-        for name, value in row.items():
-            total[name] = total[name] + factor * value if name in total else factor * value
-    return total
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,7 @@ class DPMSolverV3(Solver):
                 ahead = self._row(levels, k, k + 1, state, {j: rows[j] for j in used})
             else:
                 a, b = first_order(levels, k)
-                ahead = _add((a, state), (b, {"D": 1.0}))
+                ahead = combination((a, state), (b, {"D": 1.0}))
             shift = [f, *({f"x{i}": 1.0} if i <= len(past) else {} for i in range(1, depth))]
             update = (ahead, *shift[:depth], *([state] if self.corrector else []))
             past = [k, *past][:depth] if alpha[k] else []
@@ -148,5 +139,5 @@ class DPMSolverV3(Solver):
         places = [levels.lambda_[j] for j in values]
         a, weights, c = step(self.model_statistics, levels.lambda_[k], levels.lambda_[end], places)
         terms = zip(weights, values.values(), strict=True)
-        row = _add((a / levels.alpha[k], state), *terms, (c, {"1": 1.0}))
+        row = combination((a / levels.alpha[k], state), *terms, (c, {"1": 1.0}))
         return {name: levels.alpha[end] * value for name, value in row.items()}

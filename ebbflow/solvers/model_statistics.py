@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
-from ebbflow.files import replacing
+from ebbflow.files import read_tensors, write_tensors
 from ebbflow.schedules import along
 
 EXACT_SIZE = 16  # up to this many coordinates the Jacobian's diagonal is computed, not estimated
@@ -189,22 +189,13 @@ class ModelStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
-        from safetensors.torch import save_file
-
         tensors = {"lambda": self.lambda_, "l": self.l, "s": self.s, "b": self.b}
-        with replacing(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        write_tensors(path, {name: value.contiguous() for name, value in tensors.items()})
 
     @staticmethod
     def load(path: str | Path) -> ModelStatistics:
         """Read what `save` wrote; raises ValueError for any other content."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+        tensors = read_tensors(path)
         if set(tensors) != {"lambda", "l", "s", "b"}:
             raise ValueError(f"{path} holds {sorted(tensors)}, expected lambda, l, s and b")
         return ModelStatistics(*(tensors[name].double() for name in ("lambda", "l", "s", "b")))

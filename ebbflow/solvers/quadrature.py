@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,18 +206,11 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return ys[i - 1] + (x - xs[i - 1]) / (xs[i] - xs[i - 1]) * (ys[i] - ys[i - 1])
 
 
-@functools.cache
-def _gauss_legendre() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the 8-point rule on [-1, 1], from the Legendre recurrence."""
-    k = torch.arange(1, 8, dtype=torch.float64)
-    off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
-    x, vectors = torch.linalg.eigh(off + off.T)
-    return x, 2 * vectors[0] ** 2
-
-
 def _panels(a: float, b: float) -> tuple[Tensor, Tensor]:
     """Nodes and weights from a to b: 8-point rules on panels of up to 3 e-folds."""
-    x, weights = _gauss_legendre()
+    from numpy.polynomial.legendre import leggauss
+
+    x, weights = (torch.from_numpy(part) for part in leggauss(8))
     edges = torch.linspace(a, b, 1 + max(1, math.ceil(abs(b - a) / 3)), dtype=torch.float64)
     half, middle = edges.diff()[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     return (middle + half * x).flatten(), (half * weights).flatten()
@@ -231,13 +223,11 @@ class Auto(Solver):
     informed: Solver
     plain: Solver
 
-    def plan(
-        self,
-        schedule: Schedule,
-        steps: int | None = None,
-        *,
-        times: Sequence[float] | Tensor | None = None,
-        statistics: Statistics | None = None,
-    ) -> Any:
-        chosen = self.plain if statistics is None or statistics.axes is None else self.informed
-        return chosen.plan(schedule, steps, times=times, statistics=statistics)
+    def _chosen(self, statistics: Statistics | None) -> Solver:
+        return self.plain if statistics is None or statistics.axes is None else self.informed
+
+    def nodes(self, schedule: Schedule, steps: int, statistics: Statistics | None) -> grids.Times:
+        return self._chosen(statistics).nodes(schedule, steps, statistics)
+
+    def compile(self, schedule: Schedule, nodes: grids.Times, statistics: Statistics | None) -> Any:
+        return self._chosen(statistics).compile(schedule, nodes, statistics)

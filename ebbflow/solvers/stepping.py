@@ -59,7 +59,7 @@ class Model:
 
         x: (B or len(rows), *shape); t: a number or one a row. Raises NonFinite.
         """
-        prediction = self.denoiser(x, t, **self._cut(rows))
+        prediction = self.denoiser(x, t, **self.cut(rows))
         self.spend(t, rows)
         require_finite(prediction, f"the prediction at t = {_first(t):g}")
         return prediction
@@ -88,16 +88,12 @@ class Model:
         indices = [self.indices[i] for i in (range(len(x)) if rows is None else rows.tolist())]
         return noise.normal(self.seed, indices, draw, x.shape[1:], x.dtype, x.device)
 
-    def _cut(self, rows: Tensor | None) -> dict[str, Any]:
+    def cut(self, rows: Tensor | None) -> dict[str, Any]:
+        """The condition of the samples `rows`, or of all."""
+        batch = len(self.indices)
         if rows is None:
             return dict(self.condition)
-        batch = len(self.indices)
-        return {
-            name: value[rows.to(value.device)]
-            if isinstance(value, Tensor) and value.ndim and len(value) == batch
-            else value
-            for name, value in self.condition.items()
-        }
+        return {name: cut(value, rows, batch) for name, value in self.condition.items()}
 
     def spend(self, t: float | Tensor, rows: Tensor | None = None, calls: int = 1) -> None:
         """Count `calls` evaluations of these rows."""
@@ -114,6 +110,13 @@ class Model:
 
 def _first(t: float | Tensor) -> float:
     return t.flatten()[0].item() if isinstance(t, Tensor) else t
+
+
+def cut(value: Any, rows: Tensor, batch: int) -> Any:
+    """Rows (indices or a mask) of a tensor whose first axis is the batch; all else is shared."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+        return value[rows.to(value.device)]
+    return value
 
 
 @dataclass(frozen=True)

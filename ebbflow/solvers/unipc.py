@@ -9,7 +9,7 @@ from typing import Literal
 
 from ebbflow import grids
 from ebbflow.plan import Stage
-from ebbflow.solvers.base import Grid, Levels, Solver, first_order
+from ebbflow.solvers.base import Grid, Levels, Solver, combination, first_order
 from ebbflow.solvers.interpolation import polynomial
 
 
@@ -58,14 +58,14 @@ class UniPC(Solver):
             if not exact:
                 u = [lambda_[j] - lambda_[k] for j in past]
                 weights = [levels.alpha[k + 1] * w for w in self._weights(u, h)]
-            row = _add({name: a * c for name, c in state.items()}, names, weights)
+            row = combination((a, state), (1.0, dict(zip(names, weights, strict=False))))
             gathered: dict[str, float] = {}
             correct = []
             if k < last and not exact:
                 u = [lambda_[j] - lambda_[k] for j in past]
                 late = self._corrector(u, h)
                 correct = [levels.alpha[k + 1] * w for w in late]
-                gathered = _add({n: a * c for n, c in state.items()}, names, correct[:-1])
+                gathered = combination((a, state), (1.0, dict(zip(names, correct, strict=False))))
             keep = [{"D": 1.0}] + [{f"x{j}": 1.0} if k >= j - 1 else {} for j in range(2, 9)]
             yield Stage(
                 levels.times[k],
@@ -80,12 +80,6 @@ class UniPC(Solver):
             return self._weights([0.0, h], h)
         current, *rest = polynomial([u[0], *u[1:], h], h, 1.0)
         return [current, *rest]
-
-
-def _add(row: dict[str, float], names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-    for name, weight in zip(names, weights, strict=False):
-        row[name] = row.get(name, 0.0) + weight
-    return row
 
 
 PAPER = "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"

@@ -132,12 +132,8 @@ def test_plans_in_a_basis(kind: str) -> None:
 
 
 def test_steps_that_are_not_linear_are_refused() -> None:
-    class Walk(Solver):
-        def plan(self, *_, **__) -> object:
-            return object()
-
     with pytest.raises(ValueError, match="not linear"):
-        ef.parallel(mixture(), SHAPE, solver=Walk("walk", 1, 1, ""))
+        ef.parallel(mixture(), SHAPE, solver="genie")
 
 
 def test_the_window_bounds_what_a_round_evaluates() -> None:
@@ -191,3 +187,18 @@ def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
 
     with pytest.raises(ef.NonFinite, match="step 7 of 10"):
         ef.parallel(ef.Denoiser(net, schedule), SHAPE, solver="euler", steps=10)
+
+
+def test_the_default_knows_the_class_as_sample_does() -> None:
+    """One class for all, several, and statistics that describe each: the plans are `sample`'s."""
+    x0 = torch.randn(120, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.arange(120) // 60
+    known = ef.Statistics.from_data(x0 * (1 + labels)[:, None] + labels[:, None], labels)
+    model = ef.Denoiser(
+        lambda x, t, label: torch.tanh(x + label[:, None]), ef.schedules.VP(), statistics=known
+    )
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for label in (torch.ones(4, dtype=torch.int64), torch.tensor([0, 1, 0, 1])):
+        asked = {"steps": 8, "x_init": x, "label": label}
+        found = ef.parallel(model, (4, 3), **asked).samples
+        torch.testing.assert_close(found, ef.sample(model, (4, 3), **asked), rtol=0, atol=1e-6)

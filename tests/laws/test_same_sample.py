@@ -152,12 +152,12 @@ def test_chunks_that_start_at_the_request_are_seen(monkeypatch: pytest.MonkeyPat
         MODELS, "by place", (lambda: ef.Denoiser(by_place, VP, "v"), (3,), 200, 64, 137)
     )
     check_alone("by place", solver="ddim", steps=2)
-    aligned = ef.sampling._Job.chunks  # pyright: ignore
+    aligned = ef.sampling.Job.chunks  # pyright: ignore
 
     def unaligned(self: Any, batch: int | None) -> Any:
         return [c._replace(first=self.first_index, keep=slice(None)) for c in aligned(self, batch)]
 
-    monkeypatch.setattr("ebbflow.sampling._Job.chunks", unaligned)
+    monkeypatch.setattr("ebbflow.sampling.Job.chunks", unaligned)
     with pytest.raises(AssertionError):
         check_alone("by place", solver="ddim", steps=2)
 
