@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,16 @@ def open_model(name: str, device: torch.device) -> Denoiser:
 def classes_of(denoiser: Denoiser) -> int:
     """How many classes the network knows; 0 for one without a label."""
     return int(getattr(denoiser.net, "config", {}).get("classes", 0))
+
+
+def check_classes(model: str, denoiser: Denoiser, asked: Sequence[int]) -> tuple[int, ...]:
+    """The classes asked for, or all; raises ValueError for one that the model does not have."""
+    known = classes_of(denoiser)
+    for label in asked:
+        if not 0 <= label < known:
+            has = f"has the classes 0 to {known - 1}" if known else "has no classes"
+            raise ValueError(f"class {label}: the model {model!r} {has}")
+    return tuple(asked) or tuple(range(known))
 
 
 def _oracle() -> Denoiser:

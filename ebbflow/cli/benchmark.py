@@ -52,6 +52,8 @@ DEFAULT = (
 class Options:
     model: tuple[str, ...] = ("mixture-2d", "mixture-64d", "empirical-64d")
     """Exact laws (those three, or oracle), a model in the package, or folders."""
+    classes: tuple[int, ...] = ()
+    """Classes of a model, taken in turn by the samples; all of them unless given."""
     schedule: tuple[str, ...] = ("vp", "edm", "flow")
     """Settings of the three laws; a model has its own."""
     solver: tuple[str, ...] = ()
@@ -134,10 +136,12 @@ def prepare(options: Options) -> list[Job]:
     device = pick_device(options.device)
     problems: list[partial[Problem]] = []
     for name in options.model:
+        if name in LAWS and options.classes:
+            raise ValueError(f"class {options.classes[0]}: the law {name!r} has no classes")
         if name in LAWS:
             problems += [partial(oracle, name, setting) for setting in options.schedule]
         else:
-            problems.append(partial(_open, name, str(device)))
+            problems.append(partial(_open, name, str(device), options.classes))
             if not _exists(name):
                 known = ", ".join([*LAWS, *_known()])
                 raise ValueError(f"unknown model {name!r}: give a folder, or one of {known}")
@@ -156,17 +160,17 @@ def _exists(name: str) -> bool:
     return name in _known() or (Path(name) / "config.json").is_file()
 
 
-def _open(name: str, device: str) -> Problem:
+def _open(name: str, device: str, classes: Sequence[int]) -> Problem:
     """A model by name; one on a schedule of the settings is put there, so that peers know it."""
     from dataclasses import replace
 
     import torch
 
     from ebbflow.benchmark.problems import SETTINGS, of_denoiser
-    from ebbflow.cli._models import classes_of, open_model
+    from ebbflow.cli._models import check_classes, open_model
 
     denoiser = open_model(name, torch.device(device))
-    labels = range(classes_of(denoiser))
+    labels = check_classes(name, denoiser, classes)
     problem = of_denoiser(Path(name).name, denoiser, labels, device)
     same = [key for key, make in SETTINGS.items() if make() == denoiser.schedule]
     return replace(problem, setting=same[0]) if same else problem

@@ -115,11 +115,7 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     if shape is None:
         raise ValueError(f"the model {options.model!r} does not state the shape of a sample")
     known = _models.classes_of(denoiser)
-    classes = options.classes or tuple(range(known))
-    for label in classes:
-        if not 0 <= label < known:
-            has = f"has the classes 0 to {known - 1}" if known else "has no classes"
-            raise ValueError(f"class {label}: the model {options.model!r} {has}")
+    classes = _models.check_classes(options.model, denoiser, options.classes)
     guidance = options.guidance
     if guidance is None:
         guidance = float(chosen.get("guidance", 1.0))

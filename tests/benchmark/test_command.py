@@ -75,6 +75,8 @@ def test_for_machines_and_without_the_optional_packages(
         (("--model", "mnist"), ("unknown model 'mnist'", "mixture-2d", "fashion-mnist", "oracle")),
         (("--evaluations", "0"), ("evaluations must be at least 1, got 0",)),
         (("--count", "3"), ("count must be at least 8, got 3",)),
+        (("--classes", "3"), ("class 3: the law 'mixture-2d' has no classes",)),
+        (("--model", "fashion-mnist", "--classes", "12"), ("class 12", "classes 0 to 9")),
         (("--seed", "-1"), ("seed must lie in [0, 2^32), got -1",)),
         (("--workers", "0"), ("workers must be at least 1, got 0",)),
         (("--out", __file__), (f"--out {__file__} is a file",)),
