@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ebbflow import schedules as schedules
     from ebbflow import solvers as solvers
     from ebbflow import training as training
+    from ebbflow import tuning as tuning
     from ebbflow.denoiser import Denoiser as Denoiser
     from ebbflow.finite import NonFinite as NonFinite
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
@@ -66,6 +67,7 @@ _HOMES = {
     "solvers": "solvers",
     "training": "training",
     "trajectory": "sampling",
+    "tuning": "tuning",
 }
 
 

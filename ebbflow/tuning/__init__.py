@@ -1,0 +1,4 @@
+"""Tuning: from a plan to a better plan for one model."""
+
+from ebbflow.tuning.references import References as References
+from ebbflow.tuning.references import references as references

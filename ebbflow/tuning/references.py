@@ -1,0 +1,163 @@
+"""Where a model's own samples end: what plans are tuned and searched against."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebbflow import noise, solvers
+from ebbflow.denoiser import Denoiser
+from ebbflow.plan import Plan
+from ebbflow.progress import bar
+from ebbflow.solvers.stepping import Walk, cut
+
+SOLVER = "unipc-b2-3"
+STREAM = 4
+"""Of the noise, so that no sample that `sample` draws is one that was tuned on."""
+CHUNK = 64
+
+Features = Callable[[Tensor], Tensor]
+"""From samples (B, *shape) to what is compared, (B, …)."""
+
+
+def themselves(samples: Tensor) -> Tensor:
+    """The features that are the samples."""
+    return samples
+
+
+@dataclass(frozen=True)
+class References:
+    """Noise and the converged samples that a model makes of it.
+
+    Args:
+        start: (N, *shape), states at t = 1.
+        end: (N, …), the features of the samples at t = 0 that the probability-flow ODE reaches.
+        condition: of the N samples; tensors whose first axis is N belong to the samples.
+        deviation: of `end`, the root mean square over its coordinates; the unit of errors.
+        uncertainty: root mean square error of `end` itself, in that unit, estimated.
+        features: in which samples are compared.
+    """
+
+    start: Tensor
+    end: Tensor
+    condition: Mapping[str, Any]
+    deviation: float
+    uncertainty: float
+    features: Features = themselves
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def rows(self, index: Tensor | slice) -> References:
+        """Some of them, in the same unit."""
+        which = torch.arange(len(self))[index]
+        condition = {name: cut(v, which, len(self)) for name, v in self.condition.items()}
+        return replace(self, start=self.start[which], end=self.end[which], condition=condition)
+
+    def split(self, count: int) -> tuple[References, References]:
+        """The first `count` of them and the rest."""
+        return self.rows(slice(count)), self.rows(slice(count, None))
+
+    def distance(self, samples: Tensor) -> Tensor:
+        """(N,): root mean square over the features of a sample's error, in deviations."""
+        error = (self.features(samples) - self.end).flatten(1)
+        return error.square().mean(1).sqrt() / self.deviation
+
+    def errors(self, denoiser: Denoiser, plan: Plan | Walk) -> Tensor:
+        """(N,): the `distance` of what a plan makes of the same noise, without gradients."""
+        with torch.no_grad():
+            parts = torch.arange(len(self)).split(CHUNK)
+            return torch.cat([self.rows(i).distance(_run(plan, denoiser, self, i)) for i in parts])
+
+
+def references(
+    denoiser: Denoiser,
+    shape: tuple[int, ...] | None = None,
+    count: int = 640,
+    *,
+    seed: int = 0,
+    condition: Mapping[str, Any] | None = None,
+    features: Features = themselves,
+    tolerance: float = 1e-4,
+    seconds: float = math.inf,
+    most: int = 512,
+    progress: bool = False,
+) -> References:
+    """Follow `count` samples of a model to convergence.
+
+    UniPC-3 with steps that double, until their effect, divided by 7, is below `tolerance`
+    deviations for the median sample, or until another doubling would exceed `most` steps or
+    `seconds`.
+
+    Args:
+        shape: of one sample, unless the denoiser states it.
+        condition: shared values, and tensors whose rows are given to the samples in turn.
+        features: in which samples are compared, such as those of a classifier.
+
+    Raises ValueError for a denoiser without a shape, and for samples that do not differ.
+    """
+    began = time.monotonic()
+    shape = denoiser.shape if shape is None else tuple(shape)
+    if shape is None:
+        raise ValueError("the denoiser states no shape: give shape=, that of one sample")
+    if count < 2:
+        raise ValueError(f"count must be at least 2, got {count}")
+    like = next(denoiser.parameters(), torch.zeros((), dtype=torch.get_default_dtype()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    z = noise.normal(seed, range(count), 0, shape, dtype, like.device, stream=STREAM)
+    schedule = denoiser.schedule
+    start = z * schedule.sigma(1.0).item()
+    turned = {name: _in_turn(value, count) for name, value in (condition or {}).items()}
+    found = References(start, start, turned, 1.0, math.inf, features)
+    parts = torch.arange(count).split(CHUNK)
+    steps, ends, change = 16, start, math.inf
+    total = len(parts) * sum(2**k for k in range(4, 1 + int(math.log2(most))))
+    with torch.no_grad(), bar("converged samples", total, progress) as advance:
+        while True:
+            plan = solvers.get(SOLVER).plan(schedule, steps)
+            before, ends = ends, torch.cat([_run(plan, denoiser, found, i, advance) for i in parts])
+            seen = features(ends)
+            flat = seen.flatten(1)
+            deviation = float((flat - flat.mean(0)).square().mean().sqrt())
+            if not deviation > 0:
+                raise ValueError("all converged samples are equal: there is nothing to tune")
+            if steps > 16:
+                apart = (flat - features(before).flatten(1)).square().mean(1).sqrt()
+                change = float(apart.median()) / deviation / 7
+            spent = time.monotonic() - began
+            if change < tolerance or 2 * steps > most or 3 * spent > seconds:
+                break
+            steps *= 2
+    return replace(found, end=seen, deviation=deviation, uncertainty=change)
+
+
+def _run(
+    plan: Plan | Walk,
+    denoiser: Denoiser,
+    of: References,
+    index: Tensor,
+    advance: Callable[[], None] = lambda: None,
+) -> Tensor:
+    rows = of.rows(index)
+    if not isinstance(plan, Plan):
+        return plan.run(denoiser, rows.start, **rows.condition)
+    *_, end = _watched(plan, denoiser, rows, advance)
+    return end.state
+
+
+def _watched(plan: Plan, denoiser: Denoiser, rows: References, advance: Callable[[], None]) -> Any:
+    for step in plan.execute(denoiser, rows.start, **rows.condition):
+        advance()
+        yield step
+
+
+def _in_turn(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim:
+        return value[torch.arange(count, device=value.device) % len(value)]
+    return value
