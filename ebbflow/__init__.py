@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ebbflow.solvers.model_statistics import ModelStatistics as ModelStatistics
     from ebbflow.statistics import Statistics as Statistics
     from ebbflow.storage import load as load
+    from ebbflow.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ _HOMES = {
     "solvers": "solvers",
     "training": "training",
     "trajectory": "sampling",
+    "tune": "tuning",
     "tuning": "tuning",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,8 +39,10 @@ class References:
         end: (N, …), the features of the samples at t = 0 that the probability-flow ODE reaches.
         condition: of the N samples; tensors whose first axis is N belong to the samples.
         deviation: of `end`, the root mean square over its coordinates; the unit of errors.
-        uncertainty: root mean square error of `end` itself, in that unit, estimated.
+        uncertainty: error of `end` itself, of the median sample, in that unit, estimated.
         features: in which samples are compared.
+        samples: (N, *shape), whose features `end` are.
+        evaluations: of the model on one sample each, that all of it took.
     """
 
     start: Tensor
@@ -49,7 +50,9 @@ class References:
     condition: Mapping[str, Any]
     deviation: float
     uncertainty: float
-    features: Features = themselves
+    features: Features
+    samples: Tensor
+    evaluations: int = 0
 
     def __len__(self) -> int:
         return len(self.start)
@@ -58,7 +61,8 @@ class References:
         """Some of them, in the same unit."""
         which = torch.arange(len(self))[index]
         condition = {name: cut(v, which, len(self)) for name, v in self.condition.items()}
-        return replace(self, start=self.start[which], end=self.end[which], condition=condition)
+        start, end, samples = self.start[which], self.end[which], self.samples[which]
+        return replace(self, start=start, end=end, condition=condition, samples=samples)
 
     def split(self, count: int) -> tuple[References, References]:
         """The first `count` of them and the rest."""
@@ -85,15 +89,13 @@ def references(
     condition: Mapping[str, Any] | None = None,
     features: Features = themselves,
     tolerance: float = 1e-4,
-    seconds: float = math.inf,
     most: int = 512,
     progress: bool = False,
 ) -> References:
     """Follow `count` samples of a model to convergence.
 
     UniPC-3 with steps that double, until their effect, divided by 7, is below `tolerance`
-    deviations for the median sample, or until another doubling would exceed `most` steps or
-    `seconds`.
+    deviations for the median sample, or `most` steps are reached.
 
     Args:
         shape: of one sample, unless the denoiser states it.
@@ -102,7 +104,6 @@ def references(
 
     Raises ValueError for a denoiser without a shape, and for samples that do not differ.
     """
-    began = time.monotonic()
     shape = denoiser.shape if shape is None else tuple(shape)
     if shape is None:
         raise ValueError("the denoiser states no shape: give shape=, that of one sample")
@@ -113,8 +114,8 @@ def references(
     z = noise.normal(seed, range(count), 0, shape, dtype, like.device, stream=STREAM)
     schedule = denoiser.schedule
     start = z * schedule.sigma(1.0).item()
-    turned = {name: _in_turn(value, count) for name, value in (condition or {}).items()}
-    found = References(start, start, turned, 1.0, math.inf, features)
+    turned = conditions_in_turn(condition or {}, count)
+    found = References(start, start, turned, 1.0, math.inf, features, start)
     parts = torch.arange(count).split(CHUNK)
     steps, ends, change = 16, start, math.inf
     total = len(parts) * sum(2**k for k in range(4, 1 + int(math.log2(most))))
@@ -130,11 +131,12 @@ def references(
             if steps > 16:
                 apart = (flat - features(before).flatten(1)).square().mean(1).sqrt()
                 change = float(apart.median()) / deviation / 7
-            spent = time.monotonic() - began
-            if change < tolerance or 2 * steps > most or 3 * spent > seconds:
+            if change < tolerance or 2 * steps > most:
                 break
             steps *= 2
-    return replace(found, end=seen, deviation=deviation, uncertainty=change)
+    calls = count * (2 * steps - 16)
+    facts = {"deviation": deviation, "uncertainty": change, "evaluations": calls}
+    return replace(found, end=seen, samples=ends, **facts)
 
 
 def _run(
@@ -157,7 +159,12 @@ def _watched(plan: Plan, denoiser: Denoiser, rows: References, advance: Callable
         yield step
 
 
-def _in_turn(value: Any, count: int) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        return value[torch.arange(count, device=value.device) % len(value)]
-    return value
+def conditions_in_turn(condition: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The rows of tensors given to `count` samples in turn; all else is shared."""
+
+    def turned(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim:
+            return value[torch.arange(count, device=value.device) % len(value)]
+        return value
+
+    return {name: turned(value) for name, value in condition.items()}
