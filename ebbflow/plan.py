@@ -205,6 +205,7 @@ class Plan:
                 f"x_init has shapes {[tuple(x.shape) for x in given]}; the plan needs "
                 f"{self.registers} register(s) of one shape"
             )
+        require_model(denoiser, self.origin.get("model", {}))
         return tuple(require_start(self.schedule, denoiser, x) for x in given)
 
     def dense(self) -> Dense:
@@ -328,6 +329,17 @@ class Plan:
         config = read_json(path)
         beside = Path(path).with_suffix(".safetensors")
         return Plan.from_config(config, read_tensors(beside) if "basis" in config else None)
+
+
+def require_model(denoiser: Denoiser, tuned_for: Mapping[str, Any]) -> None:
+    """Raise ValueError where a plan was tuned for networks of another prediction or shape."""
+    while isinstance(denoiser, Denoiser) and isinstance(denoiser.net, Denoiser):
+        denoiser = denoiser.net
+    for name, other in tuned_for.items():
+        own = getattr(denoiser, name, None)
+        own = list(own) if isinstance(own, tuple) else own
+        if name in ("prediction", "shape") and None not in (own, other) and own != other:
+            raise ValueError(f"the plan was tuned for {name} {other!r}, this model has {own!r}")
 
 
 def require_start(schedule: Schedule, denoiser: Denoiser, x_init: Tensor) -> Tensor:

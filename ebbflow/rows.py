@@ -140,7 +140,7 @@ def compile_stage(stage: Stage, dtype: torch.dtype) -> Rows:
         kept = [
             (slots[name], v.to(dtype) if isinstance(v, Tensor) else float(v))
             for name, v in row.items()
-            if (bool(v.any()) if isinstance(v, Tensor) else v != 0)
+            if (v.requires_grad or bool(v.any()) if isinstance(v, Tensor) else v != 0)
         ]
         if row and all(slot == slots["1"] for slot, _ in kept):
             # Nothing but a number is left: a term of zero gives it a shape.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ebbflow.denoiser import Denoiser
+    from ebbflow.plan import Plan
 
 ORACLE = "oracle"
 
@@ -53,6 +54,34 @@ def check_classes(model: str, denoiser: Denoiser, asked: Sequence[int]) -> tuple
             has = f"has the classes 0 to {known - 1}" if known else "has no classes"
             raise ValueError(f"class {label}: the model {model!r} {has}")
     return tuple(asked) or tuple(range(known))
+
+
+def guidance_of(model: str, plan: Plan | None = None) -> float:
+    """The scale of guidance that suits a model, or for which a plan was tuned."""
+    if plan is not None and "model" in plan.origin:
+        wrappers = plan.origin["model"].get("wrappers", [])
+        return float(next((w["scale"] for w in wrappers if "scale" in w), 1.0))
+    sampling = config_of(model).get("details", {}).get("sampling", {})
+    return float(sampling.get("guidance", 1.0))
+
+
+def guided(
+    model: str, device: torch.device, asked: Sequence[int], guidance: float
+) -> tuple[Denoiser, tuple[int, ...]]:
+    """The denoiser with classifier-free guidance of this scale, 1 is none, and its classes.
+
+    Raises ValueError for classes or guidance that the model does not have.
+    """
+    denoiser = open_model(model, device)
+    classes = check_classes(model, denoiser, asked)
+    if guidance == 1.0:
+        return denoiser, classes
+    known = classes_of(denoiser)
+    if not known:
+        raise ValueError(f"guidance {guidance:g} needs a model with classes; give 1, or none")
+    from ebbflow.guidance import ClassifierFree
+
+    return ClassifierFree(denoiser, guidance, null={"label": known}), classes
 
 
 def _oracle() -> Denoiser:

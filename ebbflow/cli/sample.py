@@ -14,6 +14,8 @@ with the same files. The batch is part of the recipe, because networks round dif
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from ebbflow.cli._shared import pick_device, print_json, progress
 
 if TYPE_CHECKING:
     from ebbflow.cli._draw import Recipe
+    from ebbflow.denoiser import Denoiser
+    from ebbflow.plan import Plan
 
 ROWS = 8
 POINTS = 4096
@@ -47,6 +51,8 @@ class Options:
     """Budget of denoiser calls, in place of --steps."""
     tolerance: float | None = None
     """Of solvers that choose their own steps, such as dormand-prince."""
+    plan: Path | None = None
+    """A plan that `ebbflow tune` made, in place of --solver, --steps, --nfe and --tolerance."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; without it, the model's own choice."""
     seed: int = 0
@@ -104,27 +110,58 @@ def run(options: Options) -> None:
 
 def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that the options ask for, and what identifies it, as JSON values."""
-    from ebbflow import solvers
     from ebbflow.cli import _models
     from ebbflow.cli._draw import Recipe
+    from ebbflow.plan import Plan
 
     device = pick_device(options.device)
-    denoiser = _models.open_model(options.model, device)
-    chosen = _models.config_of(options.model).get("details", {}).get("sampling", {})
+    loaded = None if options.plan is None else Plan.load(options.plan)
+    guidance = options.guidance
+    if guidance is None:
+        guidance = _models.guidance_of(options.model, loaded)
+    denoiser, classes = _models.guided(options.model, device, options.classes, guidance)
     shape = denoiser.shape
     if shape is None:
         raise ValueError(f"the model {options.model!r} does not state the shape of a sample")
-    known = _models.classes_of(denoiser)
-    classes = _models.check_classes(options.model, denoiser, options.classes)
-    guidance = options.guidance
-    if guidance is None:
-        guidance = float(chosen.get("guidance", 1.0))
-    if guidance != 1.0:
-        if not known:
-            raise ValueError(f"guidance {guidance:g} needs a model with classes; give 1, or none")
-        from ebbflow.guidance import ClassifierFree
+    name, plan = _plan(options, loaded, denoiser, classes)
+    batch = options.batch
+    if batch is None:
+        batch = POINTS if len(shape) == 1 else 16 if device.type == "cpu" else 256
+    if batch < 1 or options.seed < 0:
+        raise ValueError(f"batch {batch} and seed {options.seed}: give at least 1 and at least 0")
+    facts = {
+        "model": options.model,
+        "classes": list(classes),
+        "solver": name,
+        **({} if options.tolerance is None else {"tolerance": options.tolerance}),
+        "steps": len(plan.times) - 1,
+        "guidance": guidance,
+        "seed": options.seed,
+        "batch": batch,
+    }
+    recipe = Recipe(denoiser, plan, shape, classes, options.seed, batch, device)
+    return recipe, facts
 
-        denoiser = ClassifierFree(denoiser, guidance, null={"label": known})
+
+def _plan(
+    options: Options, loaded: Plan | None, denoiser: Denoiser, classes: tuple[int, ...]
+) -> tuple[str, Any]:
+    """The name of what was asked for, and its plan."""
+    from ebbflow import solvers
+    from ebbflow.cli import _models
+
+    asked = {
+        "--solver": options.solver,
+        "--steps": options.steps,
+        "--nfe": options.nfe,
+        "--tolerance": options.tolerance,
+    }
+    if loaded is not None:
+        given = [f"{name} {value}" for name, value in asked.items() if value is not None]
+        if given:
+            raise ValueError(f"give --plan {options.plan} or {given[0]}, not both")
+        return f"plan {_digest(loaded)}", loaded
+    chosen = _models.config_of(options.model).get("details", {}).get("sampling", {})
     name = options.solver or chosen.get("solver", "auto")
     solver = solvers.get(name)
     if options.tolerance is not None:
@@ -135,29 +172,19 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     if options.nfe is not None:
         if options.steps is not None:
             raise ValueError(f"give --steps {options.steps} or --nfe {options.nfe}, not both")
-        plan = solver.largest(denoiser.schedule, options.nfe, known_law)
-    else:
-        steps = options.steps
-        if steps is None and not solver.adaptive:
-            steps = int(chosen.get("steps", STEPS))
-        plan = solver.plan(denoiser.schedule, steps, statistics=known_law)
-    batch = options.batch
-    if batch is None:
-        batch = POINTS if len(shape) == 1 else 16 if device.type == "cpu" else 256
-    if batch < 1 or options.seed < 0:
-        raise ValueError(f"batch {batch} and seed {options.seed}: give at least 1 and at least 0")
-    facts = {
-        "model": options.model,
-        "classes": list(classes),
-        "solver": solver.name,
-        **({} if options.tolerance is None else {"tolerance": options.tolerance}),
-        "steps": len(plan.times) - 1,
-        "guidance": guidance,
-        "seed": options.seed,
-        "batch": batch,
-    }
-    recipe = Recipe(denoiser, plan, shape, classes, options.seed, batch, device)
-    return recipe, facts
+        return solver.name, solver.largest(denoiser.schedule, options.nfe, known_law)
+    steps = options.steps
+    if steps is None and not solver.adaptive:
+        steps = int(chosen.get("steps", STEPS))
+    return solver.name, solver.plan(denoiser.schedule, steps, statistics=known_law)
+
+
+def _digest(plan: Plan) -> str:
+    """What tells a plan from others."""
+    digest = hashlib.sha256(json.dumps(plan.to_config(), sort_keys=True).encode())
+    for _, tensor in sorted(plan.tensors().items()):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def grid_size(classes: int) -> tuple[int, int]:

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper
+from ebbflow.finite import NonFinite
+from ebbflow.plan import Plan
 from ebbflow.tuning.budget import Budget
 from ebbflow.tuning.references import References
 from ebbflow.tuning.residual_form import Parameters, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 RATES = {"top": 0.02, "shares": 0.02, "length": 0.02, "decay": 0.01, "matrix": 0.006}
+ADAM = 0.9, 0.98
 WARM = 20  # steps
+CLIP = 2.0  # norm of a gradient
 KNEE = 10.0
 """Errors beyond this many times the mean one count linearly: a sample that lands elsewhere has an
 error that no small move mends, and its square would drown all others."""
@@ -49,9 +53,12 @@ class Moved(Wrapper):
         return [partial(again, t) for t in self.times]
 
 
-def score(errors: Tensor) -> float:
-    """What decides between plans: 0.6 log of the mean error + 0.4 log of the root mean square."""
-    if not bool(torch.isfinite(errors).all()):
+def score(denoiser: Denoiser, plan: Plan, of: References) -> float:
+    """What decides between plans: 0.6 log of the mean error + 0.4 log of the root mean square;
+    infinite for a plan that blows up."""
+    try:
+        errors = of.errors(denoiser, plan)
+    except NonFinite:
         return math.inf
     return 0.6 * math.log(errors.mean()) + 0.2 * math.log(errors.square().mean())
 
@@ -64,7 +71,10 @@ def loss(errors: Tensor, typical: float) -> Tensor:
 
 
 class Fit:
-    """Adam on the parameters of a form; `best` are those with the best score on `held_out`."""
+    """Adam on the parameters of a form; `best` are those with the best score on `held_out`.
+
+    Adam is written out, because torch.optim takes seconds to import, which the budget has not.
+    """
 
     def __init__(
         self,
@@ -86,16 +96,14 @@ class Fit:
         self.begin: float | None = None
         self.best_score = self.typical = math.inf
         leaves = self.parameters.tensors()
-        groups = [
-            {"params": [leaf.requires_grad_()], "name": name} for name, leaf in leaves.items()
-        ]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+        self.first = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        self.second = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         if saved is None:
-            plan = form.plan(form.first)
-            self.best_score = score(held_out.errors(denoiser, plan))
-            self.typical = float(train.errors(denoiser, plan).mean())
+            self.best_score = score(denoiser, form.plan(form.first), held_out)
         else:
             self._restore(saved)
+        for leaf in self.parameters.tensors().values():
+            leaf.requires_grad_()
 
     def run(self, budget: Budget) -> Iterator[None]:
         """Learn until the budget is spent; yields after each step."""
@@ -115,22 +123,29 @@ class Fit:
         part = self.train.rows(self._rows())
         plan = self.form.plan(self.parameters)
         moved = Moved(self.denoiser, self.form.times(self.parameters))
-        errors = part.distance(plan.run(moved, part.start, **part.condition))
-        mean = float(errors.detach().mean())
-        self.typical = 0.95 * self.typical + 0.05 * mean
-        self.optimizer.zero_grad()
-        loss(errors, self.typical).backward()
-        leaves = self.parameters.tensors()
-        norm = torch.nn.utils.clip_grad_norm_(leaves.values(), 2.0)
         self.step += 1
+        try:
+            errors = part.distance(plan.run(moved, part.start, **part.condition))
+        except NonFinite:  # what blew up teaches nothing; the next samples may
+            return
+        mean = float(errors.detach().mean())
+        self.typical = mean if self.step == 1 else 0.95 * self.typical + 0.05 * mean
+        leaves = self.parameters.tensors()
+        gradients = torch.autograd.grad(loss(errors, self.typical), list(leaves.values()))
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        if not bool(torch.isfinite(norm)):
+            return
         pace = min(1.0, self.step / WARM) * (0.51 + 0.49 * math.cos(math.pi * min(share, 1.0)))
-        for group in self.optimizer.param_groups:
-            waits = group["name"] == "matrix" and share < LATE
-            group["lr"] = 0.0 if waits else RATES[group["name"]] * pace
-        if bool(torch.isfinite(norm)):  # a sample that blew up teaches nothing
-            self.optimizer.step()
-        with torch.no_grad():
-            self.parameters.top.clamp_(max=self.form.high)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            gradient = gradient * min(1.0, float(CLIP / norm))
+            mean = self.first[name].lerp_(gradient, 1 - ADAM[0])
+            square = self.second[name].lerp_(gradient**2, 1 - ADAM[1])
+            if name == "matrix" and share < LATE:
+                continue
+            direction = mean / (1 - ADAM[0] ** self.step)
+            scale = (square / (1 - ADAM[1] ** self.step)).sqrt() + 1e-8
+            leaf.data -= pace * RATES[name] * direction / scale
+        leaves["top"].data.clamp_(max=self.form.high)
 
     def _rows(self) -> Tensor:
         """Of this step: the training samples in an order of their own in each round."""
@@ -141,7 +156,7 @@ class Fit:
         )
 
     def _look(self) -> None:
-        found = score(self.held_out.errors(self.denoiser, self.form.plan(self.parameters.copy())))
+        found = score(self.denoiser, self.form.plan(self.parameters.copy()), self.held_out)
         if found < self.best_score:
             self.best, self.best_score = self.parameters.copy(), found
 
@@ -153,22 +168,16 @@ class Fit:
         """The state beside `numbers`."""
         out = {f"parameters.{name}": v for name, v in self.parameters.tensors().items()}
         out |= {f"best.{name}": v for name, v in self.best.tensors().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            out |= {f"adam.{i}.{name}": torch.as_tensor(v) for name, v in state.items()}
+        out |= {f"first.{name}": v for name, v in self.first.items()}
+        out |= {f"second.{name}": v for name, v in self.second.items()}
         return out
 
     def _restore(self, saved: Saved) -> None:
-        for name, leaf in self.parameters.tensors().items():
-            leaf.data.copy_(saved.tensors[f"parameters.{name}"])
-        own = {name: saved.tensors[f"best.{name}"] for name in self.parameters.tensors()}
-        self.best = Parameters(**own)
-        described = self.optimizer.state_dict()
-        for key, value in saved.tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "adam":
-                index, _, name = rest.partition(".")
-                described["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(described)
+        def part(kind: str) -> dict[str, Tensor]:
+            return {name: saved.tensors[f"{kind}.{name}"] for name in self.first}
+
+        self.parameters, self.best = Parameters(**part("parameters")), Parameters(**part("best"))
+        self.first, self.second = part("first"), part("second")
         self.step = int(saved.numbers["step"])
         self.typical, self.best_score = saved.numbers["typical"], saved.numbers["best_score"]
         self.begin = saved.numbers["begin"]

@@ -97,12 +97,20 @@ def tune(
     saved = Saved.read(resume, request)
     if saved is None:
         total = budget.total(denoiser, shape, condition)
-        count = samples or max(24, min(640, int(total / 4 / 48)))
+        count = samples or max(24, min(512, int(total / 4 / 48)))
         most = 2 ** max(5, min(9, int(math.log2(total / 4 / count + 16)) - 1))
+        seconds = budget_seconds / 3 if budget_evaluations is None else math.inf
         found = references(
-            denoiser, shape, count, seed=seed, condition=condition, features=features, most=most,
+            denoiser,
+            shape,
+            count,
+            seed=seed,
+            condition=condition,
+            features=features,
+            most=most,
+            seconds=seconds,
             progress=progress,
-        )  # fmt: skip
+        )
         budget.spend(found.evaluations)
         left = max(0.25 * total, total - found.evaluations)
         batch = max(16, min(96, int(left / (GRADIENT * nfe * 200))))
@@ -113,8 +121,9 @@ def tune(
         budget.spend(saved.numbers["evaluations"], saved.numbers["seconds"])
     held_out, train = found.split(max(1, len(found) // 3))
     candidates = list(_starts(denoiser, start, nfe, condition))
-    chosen = min(candidates, key=lambda plan: score(train.errors(denoiser, plan)))
-    budget.spend(len(candidates) * len(train) * nfe)
+    chosen = min(candidates, key=lambda plan: score(denoiser, plan, train))
+    if saved is None:
+        budget.spend(len(candidates) * len(train) * nfe)
     form = ResidualForm.of(chosen, axes(denoiser, chosen, train, condition))
     fit = Fit(form, denoiser, train, held_out, batch, seed, saved)
     with bar("fitting", 100, progress) as advance:
@@ -127,8 +136,7 @@ def tune(
                 shown += 1
                 advance()
     plans = [*candidates, form.plan(fit.best)]
-    errors = [held_out.errors(denoiser, plan) for plan in plans]
-    plan, error = min(zip(plans, errors, strict=True), key=lambda pair: score(pair[1]))
+    plan = min(plans, key=lambda plan: score(denoiser, plan, held_out))
     origin = {
         "solver": "tuned",
         "start": dict(chosen.origin),
@@ -138,8 +146,13 @@ def tune(
         "condition": {name: _words(value) for name, value in condition.items()},
         "samples": [len(train), len(held_out)],
         "evaluations": round(budget.spent),
-        "held out": {"tuned": _figures(error)}
-        | {str(p.origin["solver"]): _figures(e) for p, e in zip(candidates, errors, strict=False)},
+        "held out": {
+            name: _figures(held_out.errors(denoiser, one))
+            for name, one in {
+                "tuned": plan,
+                **{_name(start): start for start in candidates},
+            }.items()
+        },
         "uncertainty of the converged samples": found.uncertainty,
     }
     if resume is not None:
@@ -154,7 +167,7 @@ def _state(fit: Fit, found: References, budget: Budget) -> Saved:
         "evaluations": budget.spent,
         "seconds": budget.passed,
     }
-    kept = {"start": found.start, "samples": found.samples, "end": found.end}
+    kept = {"start": found.start, "samples": found.samples}
     return Saved(numbers, fit.tensors() | kept)
 
 
@@ -162,11 +175,11 @@ def _known(
     saved: Saved, features: Features, condition: Mapping[str, Any], device: torch.device
 ) -> References:
     """The converged samples that an earlier process made."""
-    start, samples, end = (saved.tensors[name].to(device) for name in ("start", "samples", "end"))
+    start, samples = (saved.tensors[name].to(device) for name in ("start", "samples"))
     turned = conditions_in_turn(condition, len(start))
     numbers = saved.numbers
     facts = (numbers["deviation"], numbers["uncertainty"], features, samples)
-    return References(start, end, turned, *facts)
+    return References(start, features(samples), turned, *facts)
 
 
 def _words(value: Any) -> Any:
@@ -174,6 +187,10 @@ def _words(value: Any) -> Any:
         rows = value.tolist()
         return rows if value.numel() <= 32 else f"{tuple(value.shape)} tensor"
     return value if isinstance(value, int | float | str | None) else repr(value)
+
+
+def _name(plan: Plan) -> str:
+    return str(plan.origin.get("solver", "start"))
 
 
 def _figures(errors: Tensor) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,6 @@ from ebbflow.solvers.stepping import Walk, cut
 SOLVER = "unipc-b2-3"
 STREAM = 4
 """Of the noise, so that no sample that `sample` draws is one that was tuned on."""
-CHUNK = 64
 
 Features = Callable[[Tensor], Tensor]
 """From samples (B, *shape) to what is compared, (B, …)."""
@@ -76,7 +76,7 @@ class References:
     def errors(self, denoiser: Denoiser, plan: Plan | Walk) -> Tensor:
         """(N,): the `distance` of what a plan makes of the same noise, without gradients."""
         with torch.no_grad():
-            parts = torch.arange(len(self)).split(CHUNK)
+            parts = _chunks(self.start)
             return torch.cat([self.rows(i).distance(_run(plan, denoiser, self, i)) for i in parts])
 
 
@@ -90,12 +90,14 @@ def references(
     features: Features = themselves,
     tolerance: float = 1e-4,
     most: int = 512,
+    seconds: float = math.inf,
     progress: bool = False,
 ) -> References:
     """Follow `count` samples of a model to convergence.
 
     UniPC-3 with steps that double, until their effect, divided by 7, is below `tolerance`
-    deviations for the median sample, or `most` steps are reached.
+    deviations for the median sample, `most` steps are reached, or twice as many as the last would
+    exceed `seconds`.
 
     Args:
         shape: of one sample, unless the denoiser states it.
@@ -104,6 +106,7 @@ def references(
 
     Raises ValueError for a denoiser without a shape, and for samples that do not differ.
     """
+    began = time.monotonic()
     shape = denoiser.shape if shape is None else tuple(shape)
     if shape is None:
         raise ValueError("the denoiser states no shape: give shape=, that of one sample")
@@ -116,7 +119,7 @@ def references(
     start = z * schedule.sigma(1.0).item()
     turned = conditions_in_turn(condition or {}, count)
     found = References(start, start, turned, 1.0, math.inf, features, start)
-    parts = torch.arange(count).split(CHUNK)
+    parts = _chunks(start)
     steps, ends, change = 16, start, math.inf
     total = len(parts) * sum(2**k for k in range(4, 1 + int(math.log2(most))))
     with torch.no_grad(), bar("converged samples", total, progress) as advance:
@@ -131,12 +134,18 @@ def references(
             if steps > 16:
                 apart = (flat - features(before).flatten(1)).square().mean(1).sqrt()
                 change = float(apart.median()) / deviation / 7
-            if change < tolerance or 2 * steps > most:
+            spent = time.monotonic() - began
+            if change < tolerance or 2 * steps > most or 3 * spent > seconds:
                 break
             steps *= 2
     calls = count * (2 * steps - 16)
     facts = {"deviation": deviation, "uncertainty": change, "evaluations": calls}
     return replace(found, end=seen, samples=ends, **facts)
+
+
+def _chunks(start: Tensor) -> Sequence[Tensor]:
+    """Indices that are computed together: some, not too many numbers at once."""
+    return torch.arange(len(start)).split(max(16, min(512, 2**18 // start[0].numel())))
 
 
 def _run(

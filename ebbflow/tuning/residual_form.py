@@ -27,6 +27,7 @@ from ebbflow.schedules import Betas, Schedule
 
 FAR = 14.0  # e-folds of s beyond which a call would say nothing, or an integral has converged
 JITTER = 1e-6
+TIE = 1e-9  # times closer than this are one time
 PANELS = 4
 
 
@@ -292,8 +293,8 @@ class ResidualForm:
             kept = [*kept, *([residual] if not last else [])]
             kept = [*kept, *({} for _ in range(n - 1 - len(kept)))]
             # A second call at one time belongs to the same step: no node lies in between.
-            inner = numbers[k + 1] if not last and numbers[k + 1] < numbers[k] else None
-            node = self.end if last else inner if inner != self.end else None
+            inner = not last and self.end + TIE < numbers[k + 1] < numbers[k] - TIE
+            node = self.end if last else numbers[k + 1] if inner else None
             yield Stage(numbers[k], query, (state, *kept), node)
             query = {"x0": 1.0}
 
