@@ -51,28 +51,19 @@ class Transition(NamedTuple):
     stage: int
 
 
-def _times(row: Row, values: dict[str, Tensor]) -> Tensor:
-    total = torch.zeros_like(values["1"])
-    for name, c in row.items():
-        total = total + (c.flatten() if isinstance(c, Tensor) else c) * values[name]
-    return total
-
-
 def dense(plan: Plan) -> Dense:
     """Write every query and every node of a plan in X_0, D_0 … and Z_0 …."""
-    n = plan.nfe
-    coordinates = 1 if plan.basis is None else math.prod(plan.basis.shape)
+    n, table = plan.nfe, _table(plan)
     unit = torch.eye(2 * n + 2, dtype=torch.float64)  # X_0, the constant, D_0 …, Z_0 …
-    unit = unit[:, :, None].expand(-1, -1, coordinates)
-    registers = {f"x{i}": unit[0] for i in range(plan.registers)}
+    registers = unit[0].expand(table.shape[1], plan.registers, -1)
     queries, nodes = [], []
     for k, stage in enumerate(plan.stages):
-        values = registers | {"1": unit[1], "D": unit[2 + k], "Z": unit[2 + n + k]}
-        values["X"] = _times(stage.query, values)
-        queries.append(values["X"])
-        registers = {f"x{i}": _times(row, values) for i, row in enumerate(stage.update)}
-        if stage.node is not None:
-            nodes.append(registers["x0"])
+        # Of X there is none yet when the query is made.
+        fresh = unit[[2 + k, 2 + n + k, 1]].expand(len(registers), 3, -1)
+        query = table[k, :, :1] @ torch.cat([registers, 0 * fresh[:, :1], fresh], 1)
+        registers = table[k, :, 1:] @ torch.cat([registers, query, fresh], 1)
+        queries.append(query[:, 0].T)
+        nodes += [registers[:, 0].T] if stage.node is not None else []
     parts = []
     for rows in (torch.stack(queries), torch.stack(nodes)):
         rows = rows[..., 0] if plan.basis is None else rows

@@ -12,8 +12,8 @@ from torch import Tensor
 from ebbflow.denoiser import Denoiser, require_known
 from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
 from ebbflow.finite import NonFinite
-from ebbflow.plan import Plan, require_start
-from ebbflow.rows import combine, compile_stage, on_device
+from ebbflow.plan import Plan
+from ebbflow.rows import combine, compile_stage, on_device, require_start
 from ebbflow.sampling import prepare
 from ebbflow.solvers import Solver
 from ebbflow.solvers.stepping import Model

@@ -36,7 +36,16 @@ from ebbflow.files import (
 )
 from ebbflow.finite import readable, require_finite
 from ebbflow.rows import Row as Row
-from ebbflow.rows import Stage, combine, compile_stage, on_device, validate, watch
+from ebbflow.rows import (
+    Stage,
+    combine,
+    compile_stage,
+    on_device,
+    require_model,
+    require_start,
+    validate,
+    watch,
+)
 from ebbflow.schedules import Schedule, from_config
 
 if TYPE_CHECKING:
@@ -210,9 +219,7 @@ class Plan:
 
     def dense(self) -> Dense:
         """The plan written out: every query and node in X_0, the predictions and the noise."""
-        from ebbflow.algebra import dense
-
-        return dense(self)
+        return _algebra().dense(self)
 
     def moments(
         self, mean: Tensor, covariance: Tensor, start: tuple[Tensor, Tensor] | None = None
@@ -222,27 +229,21 @@ class Plan:
         mean: (d,); covariance: (d, d) or, diagonal, (d,). start: mean and covariance of the initial
         state; the process' own law at the first node unless given.
         """
-        from ebbflow.algebra import moments
-
-        return moments(self, mean, covariance, start)
+        return _algebra().moments(self, mean, covariance, start)
 
     def transition(self, step: int) -> Transition:
         """The Gaussian of step `step` (0 is the first): its mean as a row, and its deviation.
 
         Raises ValueError when the noise enters before the step's last call.
         """
-        from ebbflow.algebra import transition
-
-        return transition(self, step)
+        return _algebra().transition(self, step)
 
     def reverse(self) -> Plan:
         """The plan that undoes this one exactly, in exact arithmetic.
 
         Raises ValueError where a stage has no explicit inverse, or draws noise.
         """
-        from ebbflow.algebra import reverse
-
-        return reverse(self)
+        return _algebra().reverse(self)
 
     def to_config(self) -> dict[str, Any]:
         """JSON values from which `from_config` makes an equal plan, beside `tensors`."""
@@ -331,32 +332,7 @@ class Plan:
         return Plan.from_config(config, read_tensors(beside) if "basis" in config else None)
 
 
-def require_model(denoiser: Denoiser, tuned_for: Mapping[str, Any]) -> None:
-    """Raise ValueError where a plan was tuned for networks of another prediction or shape."""
-    while isinstance(denoiser, Denoiser) and isinstance(denoiser.net, Denoiser):
-        denoiser = denoiser.net
-    for name, other in tuned_for.items():
-        own = getattr(denoiser, name, None)
-        own = list(own) if isinstance(own, tuple) else own
-        if name in ("prediction", "shape") and None not in (own, other) and own != other:
-            raise ValueError(f"the plan was tuned for {name} {other!r}, this model has {own!r}")
+def _algebra() -> Any:
+    from ebbflow import algebra  # which imports this file
 
-
-def require_start(schedule: Schedule, denoiser: Denoiser, x_init: Tensor) -> Tensor:
-    """A state to start from, at least float32; raises unless the denoiser lives on `schedule`."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"denoiser is a {type(denoiser).__name__}: wrap it, ef.Denoiser(net, schedule)"
-        )
-    if denoiser.schedule != schedule:
-        raise ValueError(
-            f"the plan was made for {schedule!r}, the denoiser lives on "
-            f"{denoiser.schedule!r}: compile the solver on the denoiser's schedule"
-        )
-    if not x_init.is_floating_point() or x_init.ndim == 0:
-        raise ValueError(
-            f"x_init of dtype {x_init.dtype} and shape {tuple(x_init.shape)}: a state is "
-            "a floating-point batch (B, *shape)"
-        )
-    dtype = torch.promote_types(x_init.dtype, torch.float32)
-    return x_init if x_init.dtype == dtype else x_init.to(dtype)
+    return algebra

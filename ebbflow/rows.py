@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebbflow.bases import Basis
-from ebbflow.denoiser import factor
+from ebbflow.denoiser import Denoiser, factor
 from ebbflow.grids import given
 from ebbflow.schedules import Schedule
 
@@ -216,3 +216,33 @@ def watch(stages: Sequence[Stage]) -> dict[int, tuple[int, ...]]:
                 seen |= mask
                 watched[k] = (*watched.get(k, ()), i)
     return watched
+
+
+def require_model(denoiser: Denoiser, tuned_for: Mapping[str, Any]) -> None:
+    """Raise ValueError where a plan was tuned for networks of another prediction or shape."""
+    while isinstance(getattr(denoiser, "net", None), Denoiser):
+        denoiser = denoiser.net  # pyright: ignore
+    for name in sorted(tuned_for.keys() & {"prediction", "shape"}):
+        own, other = getattr(denoiser, name), tuned_for[name]
+        if None not in (own, other) and own != (tuple(other) if name == "shape" else other):
+            raise ValueError(f"the plan was tuned for {name} {other!r}, this model has {own!r}")
+
+
+def require_start(schedule: Schedule, denoiser: Denoiser, x_init: Tensor) -> Tensor:
+    """A state to start from, at least float32; raises unless the denoiser lives on `schedule`."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"denoiser is a {type(denoiser).__name__}: wrap it, ef.Denoiser(net, schedule)"
+        )
+    if denoiser.schedule != schedule:
+        raise ValueError(
+            f"the plan was made for {schedule!r}, the denoiser lives on "
+            f"{denoiser.schedule!r}: compile the solver on the denoiser's schedule"
+        )
+    if not x_init.is_floating_point() or x_init.ndim == 0:
+        raise ValueError(
+            f"x_init of dtype {x_init.dtype} and shape {tuple(x_init.shape)}: a state is "
+            "a floating-point batch (B, *shape)"
+        )
+    dtype = torch.promote_types(x_init.dtype, torch.float32)
+    return x_init if x_init.dtype == dtype else x_init.to(dtype)

@@ -66,19 +66,17 @@ class Statistics:
             raise ValueError(f"statistics need at least two samples, got {len(samples)}")
         if not bool(torch.isfinite(samples).all()):
             raise ValueError("the samples hold NaN or infinite values")
-        d = samples[0].numel()
-        kinds = {"exact": _exact, "low-rank": _low_rank, "cosine": _cosine}
-        chosen = kind or ("exact" if d <= EXACT_SIZE else "cosine" if samples.ndim == 4 else "")
-        chosen = chosen or "low-rank"
-        if chosen not in kinds or (chosen == "cosine" and samples.ndim != 4):
+        d, images = samples[0].numel(), samples.ndim == 4
+        chosen = kind or ("exact" if d <= EXACT_SIZE else "cosine" if images else "low-rank")
+        if chosen not in ("exact", "low-rank", "cosine") or (chosen == "cosine" and not images):
             raise ValueError(f"kind {kind!r}: use exact, low-rank or, for images, cosine")
-        whole = kinds[chosen](samples.double())
+        whole = _of(samples.double(), chosen)
         if labels is None:
             return whole
         if labels.shape != (len(samples),):
             raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {(len(samples),)}")
         classes = {
-            int(c): kinds[chosen](samples[labels == c].double())
+            int(c): _of(samples[labels == c].double(), chosen)
             for c in labels.unique()
             if int((labels == c).sum()) > 1
         }
@@ -218,13 +216,9 @@ class Statistics:
         return part("", {label: part(f"{label}.", {}) for label in sorted(labels)})
 
 
-def _exact(x: Tensor) -> Statistics:
-    return Statistics(x.mean(0), *principal(x.flatten(1)))
-
-
-def _low_rank(x: Tensor) -> Statistics:
-    return Statistics(x.mean(0), *leading(x.flatten(1), LOW_RANK))
-
-
-def _cosine(x: Tensor) -> Statistics:
-    return Statistics(x.mean(0), cosines(x - x.mean(0)).square().sum(0) / (len(x) - 1))
+def _of(x: Tensor, kind: str) -> Statistics:
+    mean, rows = x.mean(0), x.flatten(1)
+    if kind == "cosine":
+        return Statistics(mean, cosines(x - mean).square().sum(0) / (len(x) - 1))
+    parts: Any = principal(rows) if kind == "exact" else leading(rows, LOW_RANK)
+    return Statistics(mean, *parts)

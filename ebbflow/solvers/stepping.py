@@ -17,7 +17,7 @@ from torch import Tensor
 from ebbflow import grids, noise
 from ebbflow.denoiser import Denoiser
 from ebbflow.finite import require_finite
-from ebbflow.plan import require_start
+from ebbflow.rows import require_start
 from ebbflow.schedules import Schedule
 from ebbflow.solvers.base import Solver
 from ebbflow.statistics import Statistics

@@ -18,7 +18,6 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.solvers import Solver
-from ebbflow.statistics import Statistics
 from ebbflow.tuning.budget import Budget
 from ebbflow.tuning.fit import GRADIENT, Fit, score
 from ebbflow.tuning.identity import identity
@@ -220,27 +219,20 @@ def _starts(
 
 
 def axes(denoiser: Denoiser, plan: Plan, found: References, condition: Mapping[str, Any]) -> Axes:
-    """Coordinates to tune in: those of the plan, of the statistics, or of the samples themselves.
+    """Coordinates to tune in: those of the statistics of the law, else one variance for all.
 
-    Of the samples: cosines of images, principal axes where there are four samples for each, or one
-    variance for all.
+    Statistics of a mixture of conditions would be wrong for each of them, and cost more than they
+    give.
     """
     known = denoiser.statistics
     statistics = None if known is None else known.given(**condition)
-    if statistics is None or statistics.axes is None:
-        samples = found.samples.double().cpu()
-        whole = samples[0].numel()
-        if samples.ndim == 4:
-            statistics = Statistics.from_data(samples, kind="cosine")
-        elif len(samples) >= 4 * whole:
-            statistics = Statistics.from_data(samples, kind="exact")
-    if plan.basis is not None and (statistics is None or plan.basis != statistics.axes):
+    basis = None if statistics is None else statistics.axes
+    if plan.basis is not None and plan.basis != basis:
         raise ValueError("start has coordinates of its own: tune it on the model of its statistics")
-    if statistics is None or statistics.axes is None:
-        centre = found.samples.double()
-        variance = (centre - centre.mean(0)).square().mean().cpu()
+    if statistics is None or basis is None:
+        samples = found.samples.double()
+        variance = (samples - samples.mean(0)).square().mean().cpu()
         return Axes(Basis("identity", ()), torch.zeros_like(variance), variance)
-    basis = statistics.axes
     mean = basis.forward(statistics.mean[None].double())[0]
     variance = statistics.variance.double().reshape(basis.shape)
     return Axes(basis, mean, variance.clamp(min=0.01 * float(variance.mean())))

@@ -128,7 +128,7 @@ def test_the_start_may_be_a_plan_in_numbers_or_by_coordinate(denoiser):
 
 
 def test_conditions_and_guidance():
-    """Two classes under guidance, without statistics: the samples give the coordinates."""
+    """Two classes under guidance, without statistics: one variance for all coordinates."""
     centres = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]])
 
     def net(x, t, label):
