@@ -6,3 +6,8 @@ from ebbflow.tuning.learned import tune as tune
 from ebbflow.tuning.references import References as References
 from ebbflow.tuning.references import references as references
 from ebbflow.tuning.residual_form import ResidualForm as ResidualForm
+from ebbflow.tuning.stitching import Choice as Choice
+from ebbflow.tuning.stitching import MomentMatched as MomentMatched
+from ebbflow.tuning.stitching import Stitched as Stitched
+from ebbflow.tuning.stitching import choose_switch as choose_switch
+from ebbflow.tuning.stitching import flops as flops
