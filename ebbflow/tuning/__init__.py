@@ -3,6 +3,10 @@
 from ebbflow.tuning.calibration import Calibrated as Calibrated
 from ebbflow.tuning.calibration import calibrate as calibrate
 from ebbflow.tuning.learned import tune as tune
+from ebbflow.tuning.quantisation import CalibrationSet as CalibrationSet
+from ebbflow.tuning.quantisation import Quantised as Quantised
+from ebbflow.tuning.quantisation import denoising_states as denoising_states
+from ebbflow.tuning.quantisation import quantise as quantise
 from ebbflow.tuning.references import References as References
 from ebbflow.tuning.references import references as references
 from ebbflow.tuning.residual_form import ResidualForm as ResidualForm
