@@ -144,6 +144,8 @@ class QuantisedLayer(nn.Module):
         self.register_buffer("integers", integers)
         self.register_buffer("scale", scale)
         self.bias = own.bias
+        for name in own.__constants__:  # networks look at the sizes of their layers
+            setattr(self, name, getattr(own, name))
         self.product = _PRODUCTS[type(layer)]
         if not isinstance(layer, nn.Linear):
             how = ("stride", "padding", "dilation", "groups")
