@@ -162,6 +162,21 @@ def test_samples_of_a_biased_model_are_mended() -> None:
     assert distances[1] < 0.1 * distances[0]
 
 
+def test_confidence_leaves_alone_what_cannot_be_told_from_zero() -> None:
+    """The exact model, with few data: most of the noise in the correction is gone, and none of it
+    is larger; of a large bias nearly all is still corrected."""
+    few, exact = DATA[:100], LAW.denoiser(SCHEDULES["VP"])
+    raw, shrunk = (calibrate(exact, few, TIMES, confidence=c).shift for c in (0.0, 2.0))
+    assert shrunk.norm() < 0.5 * raw.norm()
+    assert bool((shrunk.abs() <= raw.abs()).all())
+    assert bool((shrunk * raw >= 0).all())
+    model = biased(SCHEDULES["VP"])
+    raw, shrunk = (calibrate(model, few, TIMES[1:], confidence=c) for c in (0.0, 2.0))
+    ratio = (2 * raw.standard_error / raw.shift) ** 2
+    torch.testing.assert_close(shrunk.shift, raw.shift * (1 - ratio).clamp(min=0))
+    assert bool((ratio < 0.2).any())
+
+
 def classes(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Wrong by another amount in every class; 2 is no class."""
     return 0.3 * x + torch.tensor([0.5, -1.0, 2.0])[label][:, None].to(x)
@@ -243,6 +258,8 @@ def test_what_does_not_fit_is_refused() -> None:
         calibrate(model, DATA[:1])
     with pytest.raises(ValueError, match="without noise"):
         calibrate(model, DATA, [0.0, 0.5])
+    with pytest.raises(ValueError, match="confidence"):
+        calibrate(model, DATA, confidence=-1.0)
     with pytest.raises(ValueError, match="labels have shape"):
         calibrate(model, DATA, labels=torch.zeros(3))
     with pytest.raises(ValueError, match="takes"):

@@ -81,7 +81,7 @@ def test_wrong_rounding_is_seen(mutant: str) -> None:
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 2.4])
 def test_the_search_is_never_worse_than_the_range(power: float) -> None:
-    """And better on tails: half the error at 4 bits."""
+    """And better on tails: 0.6 of the error at 4 bits."""
     for seed, bits in ((1, 4), (2, 8), (3, 3)):
         x = draw(4000, seed=seed).double() ** 3
         low, high = x.min(), x.max()
@@ -96,8 +96,8 @@ def test_the_search_is_never_worse_than_the_range(power: float) -> None:
             error(best)
             <= min(error(torch.tensor(k / 100, dtype=x.dtype)) for k in range(1, 101)) + 1e-12
         )
-        if bits == 4 and power == 1.0:
-            assert error(best) < 0.5 * error(torch.ones(()))
+        if bits == 4 and power < 2:
+            assert error(best) < 0.6 * error(torch.ones(()))
     assert search_range(x, low, high, 8, None).item() == 1
 
 
@@ -215,14 +215,14 @@ def test_eight_bits_keep_the_samples_and_more_bits_keep_more() -> None:
 
 
 def test_calibration_over_all_times_beats_one_time() -> None:
-    """Whatever the one time is; in the middle of the run a range seen there is far too narrow."""
+    """Whatever the one time is; in the middle the range that is seen is far too narrow."""
     over_all = distance(quantise(trained(), denoising_states(trained(), plan())))
     single = {
         place: distance(quantise(trained(), denoising_states(trained(), plan(), 256, place, 0.0)))
         for place in (0.0, 0.25, 0.5, 0.75, 1.0)
     }
-    assert over_all < min(single.values())
-    assert over_all < 0.2 * max(single.values())
+    assert over_all < 0.8 * min(single.values())
+    assert over_all < 0.1 * max(single.values())
 
 
 def test_states_are_those_of_the_run() -> None:
