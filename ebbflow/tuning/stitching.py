@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebbflow.bases import cosines
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper
 from ebbflow.finite import readable
 from ebbflow.plan import Plan
@@ -131,14 +132,23 @@ class _Gaussian:
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         known = self.statistics.given(**condition) or self.statistics
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+
+        def gain(variance: Tensor | float) -> Tensor:
+            shape = (-1, *(1,) * variance.ndim) if isinstance(variance, Tensor) else (-1, 1)
+            a, s = alpha.reshape(shape), sigma.reshape(shape)
+            return (a * variance / (a**2 * variance + s**2)).to(x.device, x.dtype)
+
         mean = known.mean.to(x.device, x.dtype)
-        out = torch.empty_like(x)
-        times, which = t.unique(return_inverse=True)
-        for k, time in enumerate(times):
-            alpha, sigma = self.schedule.alpha(time).item(), self.schedule.sigma(time).item()
-            away = x[which == k] - alpha * mean
-            out[which == k] = mean + alpha * known.scale(known.scale(away, alpha, sigma, -1.0))
-        return out
+        away = x - along(alpha, x).to(x.device, x.dtype) * mean
+        if known.basis is None:
+            return mean + cosines(gain(known.variance) * cosines(away), inverse=True)
+        basis, flat = known.basis.to(x.device, x.dtype), away.flatten(1)
+        inside = flat @ basis
+        out = (gain(known.variance) * inside) @ basis.T
+        if basis.shape[0] > basis.shape[1]:
+            out = out + gain(known.residual) * (flat - inside @ basis.T)
+        return mean + out.reshape(x.shape)
 
 
 def flops(denoiser: Denoiser, x: Tensor, t: float = 0.5, **condition: Any) -> float:

@@ -225,6 +225,17 @@ def test_it_keeps_the_law_and_costs_nothing() -> None:
     torch.testing.assert_close(pushed, expected)
 
 
+def test_derivatives_in_time_and_vmap_pass_through() -> None:
+    model = calibrate(biased(SCHEDULES["VP"]), DATA[:50], TIMES)
+    times = torch.tensor([0.2, 0.85, 0.45, 0.55, 0.33, 0.72], dtype=torch.float64)
+    for call in (model.forward, model.noise):
+        slope = torch.func.jvp(lambda t, f=call: f(X, t), (times,), (torch.ones_like(times),))[1]
+        around = (call(X, times + 1e-6) - call(X, times - 1e-6)) / 2e-6
+        torch.testing.assert_close(slope, around, rtol=1e-5, atol=1e-6)
+    mapped = torch.func.vmap(lambda x, t: model(x[None], t)[0])(X, times)
+    torch.testing.assert_close(mapped, model(X, times))
+
+
 def test_one_time_is_a_constant_and_the_ends_are_finite() -> None:
     for schedule in SCHEDULES.values():
         mended = calibrate(LAW.denoiser(schedule), DATA[:50], [0.5])

@@ -84,6 +84,46 @@ def test_the_moment_matched_model_is_the_gaussian_oracle() -> None:
         MomentMatched(LAW.denoiser(VP))
 
 
+@pytest.mark.parametrize("kind", ["exact", "low-rank", "cosine"])
+def test_it_uses_every_kind_of_statistics(kind: str) -> None:
+    """Against the covariance written out; and its slope in time against finite differences."""
+    generator = torch.Generator().manual_seed(2)
+    scales = torch.linspace(0.2, 2.0, 4, dtype=torch.float64)
+    data = torch.randn(60, 1, 4, 4, generator=generator, dtype=torch.float64) * scales + 0.3
+    known = ef.Statistics.from_data(data, kind=kind)
+    if kind == "low-rank":
+        assert known.basis is not None
+        rank = (known.variance[:5], known.basis[:, :5])
+        known = ef.Statistics(known.mean, *rank, residual=0.1)
+    like = ef.Denoiser(lambda x, t: x, VP, statistics=known)
+    model, x = MomentMatched(like), data[:3]
+    times = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    covariance, mean = known.covariance(), known.mean.flatten()
+    for row, t in zip(x, times, strict=True):
+        alpha, sigma = VP.alpha(t), VP.sigma(t)
+        total = alpha**2 * covariance + sigma**2 * torch.eye(16, dtype=torch.float64)
+        away = torch.linalg.solve(total, row.flatten() - alpha * mean)
+        expected = (mean + alpha * covariance @ away).reshape(1, 4, 4)
+        torch.testing.assert_close(model(row[None], t)[0], expected)
+    together = torch.cat([model(row[None], t) for row, t in zip(x, times, strict=True)])
+    torch.testing.assert_close(model(x, times), together)
+    slope = torch.func.jvp(lambda t: model(x, t), (times,), (torch.ones_like(times),))[1]
+    around = (model(x, times + 1e-6) - model(x, times - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope, around, rtol=1e-5, atol=1e-6)
+
+
+def test_derivatives_and_vmap_pass_through() -> None:
+    small, large = pair()
+    model = Stitched(small, large, 0.5)
+    times = torch.tensor([0.2, 0.9, 0.45, 0.55, 0.3, 0.7], dtype=torch.float64)
+    for t in (times, torch.full((6,), 0.3, dtype=torch.float64)):
+        slope = torch.func.jvp(lambda t: model(X, t), (t,), (torch.ones_like(t),))[1]
+        around = (model(X, t + 1e-6) - model(X, t - 1e-6)) / 2e-6
+        torch.testing.assert_close(slope, around, rtol=1e-5, atol=1e-6)
+    mapped = torch.func.vmap(lambda x, t: model(x[None], t)[0])(X, times)
+    torch.testing.assert_close(mapped, model(X, times))
+
+
 def test_a_wrong_gaussian_is_seen() -> None:
     wrong = replace(KNOWN, variance=1.001 * KNOWN.variance)
     with pytest.raises(AssertionError):
