@@ -78,9 +78,9 @@ class Calibrated(Wrapper):
 
     def at(self, t: TimeLike, x: Tensor, target: str = "x0") -> Frozen:
         frozen = self.net.at(t, x, target)  # pyright: ignore
-        now = as_time(t).to(self.shift.device)
-        low, weight = self._place(now)
-        factor = _factor(self.schedule, now, target)
+        now, home = as_time(t), self.shift.device
+        low, weight = (value.to(home) for value in self._place(now))
+        factor = _factor(self.schedule, now, target).to(home)
         if now.ndim == 0:
             table = factor * torch.lerp(self.shift[:, low], self.shift[:, low + 1], weight)
             table = table.to(x.device, x.dtype)
@@ -100,10 +100,11 @@ class Calibrated(Wrapper):
         """Index of the measured angle below and the weight of the one above, in the shape of t."""
         if len(self.angles) == 1:  # the pair (-1, 0) is the one angle twice
             return torch.full_like(t, -1, dtype=torch.long), torch.ones_like(t)
+        angles = self.angles.to(t.device)
         angle = torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
-        angle = angle.clamp(self.angles[0], self.angles[-1])
-        above = torch.searchsorted(self.angles, angle.contiguous()).clamp(1, len(self.angles) - 1)
-        left, right = self.angles[above - 1], self.angles[above]
+        angle = angle.clamp(angles[0], angles[-1])
+        above = torch.searchsorted(angles, angle.contiguous()).clamp(1, len(angles) - 1)
+        left, right = angles[above - 1], angles[above]
         return above - 1, (angle - left) / (right - left)
 
     def _rows(self, label: Any) -> Tensor | int:

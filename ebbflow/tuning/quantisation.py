@@ -88,8 +88,8 @@ def denoising_states(
 
     One run of the plan with `count` samples; sample i is kept as the network sees it at the call
     `p_i` of the way from the data end (0) to noise (1), `p_i ~ N(mean, deviation²)` cut to [0, 1].
-    Post-training Quantization on Diffusion Models, section 3.3 (NDTC); its mean lies below 1/2,
-    towards the data. Pass the denoiser as it will be used, guidance included. `shape` is that of
+    Post-training Quantization on Diffusion Models (NDTC); its mean lies below 1/2, towards the
+    data. Pass the denoiser as it will be used, guidance included. `shape` is that of
     one sample, unless the denoiser states it. Raises ValueError for a deviation that is negative.
     """
     shape = shape or denoiser.shape
@@ -233,7 +233,7 @@ def quantise(
     `x̂ = (clamp(round(x / D) + z, 0, 2^b - 1) - z) D`: weights have a D for each output channel
     (symmetric, z = 0, stored as int8), layers' inputs one D and z each, from their range over the
     calibration set. Linear and convolution layers, and the products of the library's own attention.
-    Post-training Quantization on Diffusion Models, section 3.
+    Post-training Quantization on Diffusion Models.
 
     Args:
         denoiser: with a network; quantise what is inside guidance, not the guidance.

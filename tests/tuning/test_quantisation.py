@@ -79,6 +79,26 @@ def test_wrong_rounding_is_seen(mutant: str) -> None:
             check_rounding(MUTANTS[mutant], -1.3, 2.9, bits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_is_torch_s_own(bits: int) -> None:
+    """To the ties, which fall differently where D is inverted first."""
+    x = draw(20000)
+    for low, high in ((-1.0, 2.0), (0.0, 3.0), (-2.5, 0.0)):
+        scale, zero = affine(torch.tensor(low), torch.tensor(high), bits)
+        theirs = torch.fake_quantize_per_tensor_affine(
+            x, scale.item(), int(zero.item()), 0, 2**bits - 1
+        )
+        ours = rounded(x, scale, zero, bits)
+        assert ((ours - theirs).abs() > 1e-5).double().mean() < 1e-3
+        assert (ours - theirs).abs().max() < 1.01 * scale
+    weight = draw(6, 40)
+    stored, scales = integer_weights(weight, bits, None)
+    top = 2 ** (bits - 1) - 1
+    zeros = torch.zeros(6, dtype=torch.int32)
+    theirs = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -top, top)
+    torch.testing.assert_close(stored * scales[:, None], theirs)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 2.4])
 def test_the_search_is_never_worse_than_the_range(power: float) -> None:
     """And better on tails: 0.6 of the error at 4 bits."""

@@ -51,9 +51,10 @@ def test_the_ends_are_the_pure_models(solver: str) -> None:
     assert not torch.equal(half, run(small, plan))
 
 
-def test_each_model_answers_on_its_side() -> None:
+def check_sides(make: Callable[[ef.Denoiser, ef.Denoiser, float], ef.Denoiser]) -> None:
+    """Small above the switch, large at it and below, at one time and at one a sample."""
     small, large = pair()
-    model = Stitched(small, large, 0.5)
+    model = make(small, large, 0.5)
     for call in ("forward", "noise", "score", "v", "velocity"):
         answers = [getattr(d, call) for d in (model, small, large)]
         for t, expected in ((0.2, 2), (0.5, 2), (0.51, 1), (1.0, 1)):
@@ -64,6 +65,29 @@ def test_each_model_answers_on_its_side() -> None:
         times = torch.tensor([0.2, 0.9, 0.5, 0.51, 0.3, 0.7], dtype=torch.float64)
         rows = [answers[0](X[i : i + 1], t.item()) for i, t in enumerate(times)]
         torch.testing.assert_close(answers[0](X, times), torch.cat(rows))
+
+
+def test_each_model_answers_on_its_side() -> None:
+    check_sides(Stitched)
+
+
+class _AtTheSwitch(Stitched):
+    def cheap(self, t: float) -> bool:
+        return t >= self.switch
+
+
+SIDES: dict[str, Callable[[ef.Denoiser, ef.Denoiser, float], ef.Denoiser]] = {
+    "the other way round": lambda small, large, switch: Stitched(large, small, switch),
+    "too late": lambda small, large, switch: Stitched(small, large, switch + 0.02),
+    "small at the switch": _AtTheSwitch,
+    "large alone": lambda small, large, switch: large,
+}
+
+
+@pytest.mark.parametrize("mutant", SIDES)
+def test_wrong_sides_are_seen(mutant: str) -> None:
+    with pytest.raises(AssertionError):
+        check_sides(SIDES[mutant])
 
 
 def check_moment_matched(make: Callable[[ef.Denoiser], ef.Denoiser]) -> None:
