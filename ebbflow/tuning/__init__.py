@@ -1,6 +1,17 @@
-"""Tuning: from a plan to a better plan for one model."""
+"""Tuning: better plans and better denoisers for the model at hand."""
 
+from ebbflow.tuning.calibration import Calibrated as Calibrated
+from ebbflow.tuning.calibration import calibrate as calibrate
 from ebbflow.tuning.learned import tune as tune
+from ebbflow.tuning.quantisation import CalibrationSet as CalibrationSet
+from ebbflow.tuning.quantisation import Quantised as Quantised
+from ebbflow.tuning.quantisation import denoising_states as denoising_states
+from ebbflow.tuning.quantisation import quantise as quantise
 from ebbflow.tuning.references import References as References
 from ebbflow.tuning.references import references as references
 from ebbflow.tuning.residual_form import ResidualForm as ResidualForm
+from ebbflow.tuning.stitching import Choice as Choice
+from ebbflow.tuning.stitching import MomentMatched as MomentMatched
+from ebbflow.tuning.stitching import Stitched as Stitched
+from ebbflow.tuning.stitching import choose_switch as choose_switch
+from ebbflow.tuning.stitching import flops as flops
