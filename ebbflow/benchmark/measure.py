@@ -14,16 +14,19 @@ The rules, for every sampler of every library:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebbflow import noise, solvers
 from ebbflow.benchmark.problems import Problem
+from ebbflow.plan import Plan
 from ebbflow.sampling import sample
 from ebbflow.solvers import Solver
 
@@ -32,6 +35,8 @@ AUTO = "auto"
 PLAIN = "auto, no statistics"
 TOLERANCES = (0.1, 0.03, 0.01, 1e-3, 1e-4)
 """What adaptive solvers are asked for."""
+PLANS = ".json"
+"""How the name of a plan's file ends."""
 FLIP = 0.1
 """A sample whose error is above this times the data's deviation has landed elsewhere."""
 
@@ -286,13 +291,17 @@ def solver_called(name: str) -> Solver:
 
 
 def run_ours(case: Case, name: str, budgets: Sequence[int]) -> list[Row]:
-    """Rows of one of our solvers, through `ebbflow.sample` like any user's.
+    """Rows of one of our solvers, or of a plan's file, through `ebbflow.sample` like any user's.
 
     An adaptive solver is asked for each of `TOLERANCES` instead of being given a budget. A budget
     that does not suffice for one step is left out, and so is a solver that needs what the model
     does not have.
     """
     problem = case.problem.bare() if name == PLAIN else case.problem
+    if name.endswith(PLANS):
+        plan = Plan.load(name)
+        how = {"plan": plan}
+        return [_run(case, problem, Path(name).stem, "", plan.nfe, how, plan.stochastic)]
     solver = solver_called(name)
     has = {"jvp"} | ({"statistics"} if problem.denoiser.statistics is not None else set())
     if not solver.needs <= has:
@@ -304,7 +313,10 @@ def run_ours(case: Case, name: str, budgets: Sequence[int]) -> list[Row]:
         ]
     else:
         settings = [("", nfe, solver) for nfe in budgets if _suffices(nfe, solver, problem)]
-    return [_run(case, problem, name, *setting) for setting in settings]
+    return [
+        _run(case, problem, name, words, nfe, {"solver": one, "nfe": nfe}, one.stochastic)
+        for words, nfe, one in settings
+    ]
 
 
 def _suffices(nfe: int, solver: Solver, problem: Problem) -> bool:
@@ -317,28 +329,26 @@ def _suffices(nfe: int, solver: Solver, problem: Problem) -> bool:
 
 
 def _run(
-    case: Case, problem: Problem, name: str, configuration: str, budget: int | None, solver: Solver
+    case: Case,
+    problem: Problem,
+    name: str,
+    configuration: str,
+    budget: int | None,
+    how: Mapping[str, Any],
+    stochastic: bool,
 ) -> Row:
     schedule = problem.denoiser.schedule
     result = sample(
         problem.denoiser,
         case.shape,
-        solver=solver,
-        nfe=budget,
         x_init=(case.noise * schedule.sigma(1.0).item()).to(problem.dtype),
         seed=case.seed,
         full=True,
+        **how,
         **problem.condition(case.count),
     )
     alpha, sigma = schedule.alpha(0.0).item(), schedule.sigma(0.0).item()
+    spent = float(result.nfe) if budget else result.evaluations.double().mean().item()
     end = (result.samples, alpha, sigma)
-    return case.row(
-        OURS,
-        name,
-        configuration,
-        budget,
-        result.evaluations.double().mean().item() if solver.adaptive else float(result.nfe),
-        result.seconds,
-        end,
-        stochastic=solver.stochastic,
-    )
+    seconds = result.seconds
+    return case.row(OURS, name, configuration, budget, spent, seconds, end, stochastic=stochastic)

@@ -6,6 +6,7 @@ Examples:
   ebbflow benchmark --solver all --evaluations 6 12 24  every solver
   ebbflow benchmark --model mixture-2d --schedule edm   one case, every figure
   ebbflow benchmark --model fashion-mnist --count 64    a network, with its Fréchet distance
+  ebbflow benchmark --model mine --plan plan.json       a tuned plan beside the solvers
 
 The errors are root mean squares over coordinates, of each sample to the exact path from the same
 noise; a sample is flipped when it is off by more than a tenth of the data's deviation. Everything
@@ -58,6 +59,8 @@ class Options:
     """Settings of the three laws; a model has its own."""
     solver: tuple[str, ...] = ()
     """Names, "all", "auto" or "auto, no statistics"; without it, a selection."""
+    plan: tuple[Path, ...] = ()
+    """Plans that `ebbflow tune` made, in addition."""
     evaluations: tuple[int, ...] = (5, 8, 10, 20)
     """Calls of the model that a sampler may spend; adaptive ones get tolerances instead."""
     peers: bool = False
@@ -132,7 +135,7 @@ def prepare(options: Options) -> list[Job]:
         raise ValueError(f"--out {options.out} is a file; give the name of a folder")
     for setting in options.schedule:
         _require("schedule", setting, tuple(SETTINGS))
-    names = _solvers(options.solver)
+    names = (*_solvers(options.solver), *map(_plan, options.plan))
     device = pick_device(options.device)
     problems: list[partial[Problem]] = []
     for name in options.model:
@@ -187,6 +190,15 @@ def _solvers(asked: Sequence[str]) -> tuple[str, ...]:
         if name != "all":
             _require("solver", name, known)
     return known if "all" in asked else tuple(dict.fromkeys(asked))
+
+
+def _plan(path: Path) -> str:
+    from ebbflow.plan import Plan
+
+    if path.suffix != ".json":
+        raise ValueError(f"--plan {path}: a plan is a .json file, made by `ebbflow tune`")
+    Plan.load(path)  # or it says what is wrong, before anything is measured
+    return str(path)
 
 
 def _require(what: str, value: str, known: Sequence[str]) -> None:
