@@ -1,0 +1,43 @@
+"""diffusers both ways: `load` makes a `Denoiser` of a pipeline, `Scheduler` a scheduler of a plan.
+
+Importing this package imports nothing of diffusers; using it does (`pip install diffusers`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebbflow.interop.diffusers.load import load as load
+    from ebbflow.interop.diffusers.nodes import nodes as nodes
+    from ebbflow.interop.diffusers.nodes import start as start
+    from ebbflow.interop.diffusers.schedules import Facts as Facts
+    from ebbflow.interop.diffusers.schedules import options_of as options_of
+    from ebbflow.interop.diffusers.schedules import schedule_of as schedule_of
+
+# Public name -> the module of this package that defines it.
+_HOMES = {
+    "Facts": "schedules",
+    "Scheduler": "scheduler",
+    "load": "load",
+    "nodes": "nodes",
+    "options_of": "schedules",
+    "schedule_of": "schedules",
+    "start": "nodes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module 'ebbflow.interop.diffusers' has no attribute {name!r}; it has {sorted(_HOMES)}"
+        )
+    value = getattr(import_module(f"ebbflow.interop.diffusers.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
