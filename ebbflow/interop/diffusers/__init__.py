@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebbflow.interop.diffusers.load import load as load
-    from ebbflow.interop.diffusers.nodes import nodes as nodes
-    from ebbflow.interop.diffusers.nodes import start as start
+    from ebbflow.interop.diffusers.grid import nodes as nodes
+    from ebbflow.interop.diffusers.grid import start as start
+    from ebbflow.interop.diffusers.pipelines import load as load
     from ebbflow.interop.diffusers.schedules import Facts as Facts
     from ebbflow.interop.diffusers.schedules import options_of as options_of
     from ebbflow.interop.diffusers.schedules import schedule_of as schedule_of
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "Facts": "schedules",
     "Scheduler": "scheduler",
-    "load": "load",
-    "nodes": "nodes",
+    "load": "pipelines",
+    "nodes": "grid",
     "options_of": "schedules",
     "schedule_of": "schedules",
-    "start": "nodes",
+    "start": "grid",
 }
 
 

@@ -118,7 +118,7 @@ def schedule_of(scheduler: Any) -> Facts:
         scheduler = scheduler_of(scheduler)
     name = type(scheduler).__name__
     if name not in FAMILIES or not hasattr(scheduler, "config"):
-        _unknown("scheduler._class_name", name, FAMILIES)
+        refuse("scheduler._class_name", name, FAMILIES)
     config, family = scheduler.config, FAMILIES[name]
     _check(config)
     if family == "edm":
@@ -138,7 +138,7 @@ def scheduler_of(config: Mapping[str, Any]) -> Any:
 
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        _unknown("scheduler._class_name", name, FAMILIES)
+        refuse("scheduler._class_name", name, FAMILIES)
     keys = {key for kind in FAMILIES for key in _parameters(getattr(diffusers, kind))}
     for key in config:
         if key not in keys and not key.startswith("_"):
@@ -185,7 +185,7 @@ def _parameters(kind: Any) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
 
 
-def _unknown(field: str, value: Any, known: Any) -> None:
+def refuse(field: str, value: Any, known: Any) -> None:
     near = get_close_matches(str(value), list(known), 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{field} is {value!r:.60}{hint}; known: {', '.join(known)}")
@@ -194,29 +194,29 @@ def _unknown(field: str, value: Any, known: Any) -> None:
 def _check(config: Mapping[str, Any]) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        _unknown("scheduler.prediction_type", prediction, PREDICTIONS)
+        refuse("scheduler.prediction_type", prediction, PREDICTIONS)
     if config.get("trained_betas") is None:
         betas = config.get("beta_schedule", "linear")
         if betas not in BETA_SCHEDULES:
-            _unknown("scheduler.beta_schedule", betas, BETA_SCHEDULES)
+            refuse("scheduler.beta_schedule", betas, BETA_SCHEDULES)
     steps = config.get("num_train_timesteps", 1000)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(
             f"scheduler.num_train_timesteps is {steps!r:.40}, expected a positive integer"
         )
     if config.get("interpolation_type", "linear") != "linear":
-        _unknown("scheduler.interpolation_type", config["interpolation_type"], ["linear"])
+        refuse("scheduler.interpolation_type", config["interpolation_type"], ["linear"])
     if config.get("invert_sigmas"):
         raise ValueError("scheduler.invert_sigmas is True: time that runs from data is not read")
     if config.get("timestep_type", "discrete") != "discrete":
-        _unknown("scheduler.timestep_type", config["timestep_type"], ["discrete"])
+        refuse("scheduler.timestep_type", config["timestep_type"], ["discrete"])
 
 
 def _edm(config: Mapping[str, Any]) -> Facts:
     prediction = config["prediction_type"]
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if prediction not in signs:
-        _unknown("scheduler.prediction_type", prediction, signs)
+        refuse("scheduler.prediction_type", prediction, signs)
     try:
         schedule = schedules.VE(float(config["sigma_min"]), float(config["sigma_max"]))
     except ValueError as error:
