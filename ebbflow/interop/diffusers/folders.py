@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +153,8 @@ def _weights(folder: Path, key: str, library: str, name: str) -> nn.Module:
 
         kind = getattr(transformers, name)
     try:
-        module, report = kind.from_pretrained(folder, **options)
+        with _silent():
+            module, report = kind.from_pretrained(folder, **options)
     except Exception as error:  # whatever the library finds wrong with it
         raise ValueError(f"{key}: {name} cannot be read from {folder}: {error}") from error
     missing, wrong = list(report["missing_keys"]), list(report.get("mismatched_keys", ()))
@@ -161,6 +165,21 @@ def _weights(folder: Path, key: str, library: str, name: str) -> nn.Module:
             f"unknown {unknown[:3]}, of another shape {wrong[:3]}"
         )
     return module.eval()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers draws a bar for every file that it reads."""
+    transformers = sys.modules.get("transformers")
+    log: Any = None if transformers is None else transformers.utils.logging
+    shown = log is not None and log.is_progress_bar_enabled()
+    if shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def _variant(folder: Path, key: str, stem: str) -> str | None:
