@@ -213,3 +213,33 @@ def flux_pipeline(diffusers: Any, transformers: Any, scheduler: Any) -> Any:
             tokenizer_2=tokenizer(transformers),
         )
     )
+
+
+def stable_diffusion_xl(diffusers: Any, transformers: Any, scheduler: Any) -> Any:
+    network = text_unet(
+        diffusers,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+    )
+    return quiet(
+        diffusers.StableDiffusionXLPipeline(
+            vae=vae(diffusers),
+            text_encoder=text_encoder(transformers, 16),
+            tokenizer=tokenizer(transformers),
+            text_encoder_2=text_encoder(transformers, 16, 12),
+            tokenizer_2=tokenizer(transformers),
+            unet=network,
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
+    )
+
+
+def dit_pipeline(diffusers: Any, scheduler: Any, **options: Any) -> Any:
+    names = {0: "tench, Tinca tinca", 7: "cock"}
+    parts = (dit(diffusers, **options), vae(diffusers), scheduler)
+    pipeline = diffusers.DiTPipeline(*parts, id2label=names)
+    pipeline.register_to_config(id2label=names)
+    return quiet(pipeline)
