@@ -18,7 +18,7 @@ from torch import nn
 
 from ebbflow.files import read_json
 from ebbflow.interop.diffusers.adapters import ADAPTERS
-from ebbflow.interop.diffusers.schedules import FAMILIES, refuse, scheduler_of
+from ebbflow.interop.diffusers.schedules import FAMILIES, library, refuse, scheduler_of
 
 PIPELINES = (
     "DDIMPipeline",
@@ -42,14 +42,12 @@ def pipeline_of(folder: str | Path) -> Any:
     Raises FileNotFoundError where there is none, and ValueError, naming the part and the field, for
     kinds that are not known, missing parts, pickled weights and weights that do not fit.
     """
-    import diffusers
-
     folder = Path(folder)
     index = read_json(_existing(folder, "model_index.json"))
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:
         refuse("model_index._class_name", name, PIPELINES)
-    kind = getattr(diffusers, str(name))
+    kind = getattr(library("diffusers"), str(name))
     takes = inspect.signature(kind.__init__).parameters
     parts: dict[str, Any] = {}
     for key, value in index.items():
@@ -99,9 +97,9 @@ def _part(root: Path, key: str, value: list[Any]) -> Any:
         "diffusers": (*ADAPTERS, *AUTOENCODERS, *FAMILIES),
         "transformers": (*ENCODERS, *TOKENIZERS),
     }
-    library, name = value if len(value) == 2 else (None, None)
-    if library not in known or name not in known[library]:
-        hint = "; code of a folder is never run" if library not in known else ""
+    source, name = value if len(value) == 2 else (None, None)
+    if source not in known or name not in known[source]:
+        hint = "; code of a folder is never run" if source not in known else ""
         names = ", ".join(f"{lib}.{one}" for lib, ones in known.items() for one in ones)
         raise ValueError(f"model_index.{key} is {value!r:.80}; known: {names}{hint}")
     folder = root / key
@@ -118,40 +116,31 @@ def _part(root: Path, key: str, value: list[Any]) -> Any:
             )
         return scheduler_of({**config, "_class_name": name})
     if name in TOKENIZERS:
-        import transformers
-
         try:
-            return getattr(transformers, name).from_pretrained(
+            return getattr(library("transformers"), name).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{key}: {name} cannot be read from {folder}: {error}") from error
-    return _weights(folder, key, library, name)
+    return _weights(folder, key, source, str(name))
 
 
-def _weights(folder: Path, key: str, library: str, name: str) -> nn.Module:
+def _weights(folder: Path, key: str, source: str, name: str) -> nn.Module:
     """A network with the safetensors weights of its folder, all of them and no others."""
     config = read_json(_existing(folder, "config.json"))
     if config.get("_class_name", name) != name:
         raise ValueError(
             f"{key}._class_name is {config['_class_name']!r}, and model_index.{key} says {name!r}"
         )
-    stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+    stem = "diffusion_pytorch_model" if source == "diffusers" else "model"
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     options["output_loading_info"] = True
     variant = _variant(folder, key, stem)
     if variant is not None:
         options["variant"] = variant
-    if library == "diffusers":
-        import diffusers
-        from diffusers.utils import is_accelerate_available  # pyright: ignore
-
-        kind = getattr(diffusers, name)
-        options["low_cpu_mem_usage"] = is_accelerate_available()
-    else:
-        import transformers
-
-        kind = getattr(transformers, name)
+    if source == "diffusers":
+        options["low_cpu_mem_usage"] = library("diffusers").utils.is_accelerate_available()
+    kind = getattr(library(source), name)
     try:
         with _silent():
             module, report = kind.from_pretrained(folder, **options)
@@ -171,8 +160,8 @@ def _weights(folder: Path, key: str, library: str, name: str) -> nn.Module:
 def _silent() -> Iterator[None]:
     """transformers draws a bar for every file that it reads."""
     transformers = sys.modules.get("transformers")
-    log: Any = None if transformers is None else transformers.utils.logging
-    shown = log is not None and log.is_progress_bar_enabled()
+    log: Any = getattr(getattr(transformers, "utils", None), "logging", None)
+    shown = transformers is not None and log.is_progress_bar_enabled()
     if shown:
         log.disable_progress_bar()
     try:

@@ -98,7 +98,7 @@ def _grid(
         times = _of_indices(fresh, name, steps)
     else:
         times = [_of_sigma(float(sigma), facts) for sigma in levels]
-    if facts.family == "edm" and float(levels[-1]) == 0:
+    if facts.family == "edm" and times[-1] == 0.0 and float(fresh.sigmas[-1]) == 0:
         times = times[:-1]
     distinct = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
     if any(later >= earlier for earlier, later in pairwise(distinct)):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -167,7 +166,7 @@ class PipelineDenoiser(Denoiser):
             tokens = self.net.tokens(*size[-2:])  # pyright: ignore
             told["mu"] = grid.shift_of(self.scheduler, tokens)
         if isinstance(self.net, Flux) and not config.get("use_flow_sigmas"):
-            told["sigmas"] = numpy.linspace(1.0, 1 / steps, steps).tolist()
+            told["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
         return told
 
     # --- conditions ----------------------------------------------------------------------------
@@ -253,9 +252,9 @@ def _fit(adapter: Adapter, vae: Any, pipeline: Any) -> None:
             )
         if vae.config.get("latents_mean") is not None:
             raise ValueError("vae.latents_mean is set: latents scaled by channel are not read")
-    encoder = getattr(pipeline, "text_encoder", None)
-    single = getattr(pipeline, "text_encoder_2", None) is None and encoder is not None
-    if single and "text" in adapter.fields:
+    encoder: Any = getattr(pipeline, "text_encoder", None)
+    alone = getattr(pipeline, "text_encoder_2", None) is None
+    if encoder is not None and alone and "text" in adapter.fields:
         width, told = encoder.config.hidden_size, adapter.fields["text"][-1]
         if width != told:
             raise ValueError(

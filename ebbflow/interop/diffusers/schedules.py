@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -105,6 +106,14 @@ class Facts:
         return torch.where(at_index, nearest, (low + share).to(clock))
 
 
+def library(name: str) -> Any:
+    """The library `name`; raises ImportError with the command that installs it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'ebbflow[peers]' installs {name}") from error
+
+
 def schedule_of(scheduler: Any) -> Facts:
     """The facts of a diffusers scheduler, or of its configuration (with `_class_name`).
 
@@ -135,19 +144,17 @@ def scheduler_of(config: Mapping[str, Any]) -> Any:
     Raises ValueError, naming the field, for unknown kinds and keys and for values that the
     scheduler itself refuses.
     """
-    import diffusers
-
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         refuse("scheduler._class_name", name, FAMILIES)
-    keys = {key for kind in FAMILIES for key in _parameters(getattr(diffusers, kind))}
+    keys = {key for kind in FAMILIES for key in _parameters(getattr(library("diffusers"), kind))}
     for key in config:
         if key not in keys and not key.startswith("_"):
             near = get_close_matches(key, keys, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"scheduler.{key} is a key that no scheduler has{hint}")
     _check(config)
-    kind: Any = getattr(diffusers, str(name))
+    kind: Any = getattr(library("diffusers"), str(name))
     own = {key: value for key, value in config.items() if key in _parameters(kind)}
     try:
         return kind(**own)
