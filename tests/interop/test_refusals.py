@@ -49,6 +49,8 @@ SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_train_timesteps": -5}, "scheduler.num_train_timesteps is -5"),
     ({"rescale_betas_zero_snr": True}, "scheduler.rescale_betas_zero_snr: the last step has no"),
+    ({"trained_betas": [0.1, 0.2]}, "scheduler.trained_betas has 2 entries, and scheduler.num_tr"),
+    ({"beta_start": "low"}, "scheduler: DDIMScheduler refuses its configuration"),
     ({"thresholding": True}, "scheduler.thresholding is True"),
     ({"_class_name": "DDPMScheduler"}, "scheduler._class_name is 'DDPMScheduler'"),
     ({"prediction_type": "flow_prediction"}, "scheduler.use_flow_sigmas is not True"),
@@ -146,6 +148,10 @@ def wider(unet: Path) -> None:
     edit(unet / "config.json", block_out_channels=[8, 32])
 
 
+def adapted(unet: Path) -> None:
+    (unet / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+
+
 WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
     (pickled, "pickled weights only (diffusion_pytorch_model.bin)"),
     (cut_short, "unet: UNet2DModel cannot be read"),
@@ -153,6 +159,7 @@ WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
     (with_a_stranger, "unknown ['stranger']"),
     (elsewhere, "leads out of"),
     (shards_elsewhere, 'weight_map names "../../secret.safetensors"'),
+    (adapted, "adapter_config.json names another model"),
     (wider, "unet"),
 ]
 

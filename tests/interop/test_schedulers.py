@@ -30,6 +30,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SCALED = {"beta_schedule": "scaled_linear"}
 ZERO = {"rescale_betas_zero_snr": True}
 FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+FULL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, **SCALED}
 TRAINED = [0.01 + 1e-4 * i for i in range(100)]
 
 CHAIN: list[tuple[str, dict[str, Any], str]] = [
@@ -53,6 +54,10 @@ CHAIN: list[tuple[str, dict[str, Any], str]] = [
         TRAILING | LEVEL | ENDS | {"algorithm_type": "dpmsolver"},
         "dpm-solver-2m",
     ),
+    ("DPMSolverMultistepScheduler", FULL | KARRAS | V, "dpm-solver++2m"),
+    # With ZERO its state x/alpha starts at 4096 and single precision loses 4e-5 of it.
+    ("EulerDiscreteScheduler", FULL | TRAILING | V, "ddim"),
+    ("DDIMScheduler", WHOLE | FULL | TRAILING | V | ZERO, "ddim"),
     ("DEISMultistepScheduler", TRAILING | LEVEL, "deis-logrhoab1"),
     ("DEISMultistepScheduler", KARRAS | LEVEL, "deis-logrhoab1"),
     ("DEISMultistepScheduler", TRAILING | LEVEL | {"solver_order": 3}, "dpm-solver-3m"),
@@ -144,6 +149,7 @@ def test_deterministic(
 
 STOCHASTIC: list[tuple[str, dict[str, Any], Any]] = [
     ("DDPMScheduler", WHOLE | TRAILING | {"variance_type": "fixed_small"}, "ddpm"),
+    ("DDPMScheduler", TRAILING | {"clip_sample": True, "clip_sample_range": 0.8}, "ddpm"),
     ("DDIMScheduler", WHOLE | TRAILING, ("ddim", 0.5)),
     ("EulerAncestralDiscreteScheduler", TRAILING, ("ddim", 1.0)),
     (

@@ -49,7 +49,8 @@ def of_prompts(
     """The condition of prompts: `text`, and `pooled`, `sizes`, `guidance` where they are told."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encoded = _encode(adapter, pipeline, prompts, None, device)
-    return {**encoded[0], **_told(adapter, len(prompts), device, size, guidance)}
+    dtype = encoded[0]["text"].dtype
+    return {**encoded[0], **_told(adapter, len(prompts), device, dtype, size, guidance)}
 
 
 def of_nothing(
@@ -86,13 +87,18 @@ def _encode(
 
 
 def _told(
-    adapter: Adapter, batch: int, device: Any, size: tuple[int, int] | None, guidance: float
+    adapter: Adapter,
+    batch: int,
+    device: Any,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None,
+    guidance: float,
 ) -> dict[str, Tensor]:
     told: dict[str, Tensor] = {}
     if "sizes" in adapter.fields:
         if size is None:
             raise ValueError("give size=(height, width) of the picture: SDXL is told it")
-        row = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
+        row = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=device)
         told["sizes"] = row.expand(batch, -1)
     if "guidance" in adapter.fields:
         told["guidance"] = torch.full((batch,), float(guidance), device=device)

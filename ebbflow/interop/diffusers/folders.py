@@ -132,6 +132,11 @@ def _weights(folder: Path, key: str, source: str, name: str) -> nn.Module:
         raise ValueError(
             f"{key}._class_name is {config['_class_name']!r}, and model_index.{key} says {name!r}"
         )
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{key}: {folder}/adapter_config.json names another model to read; fuse the adapter "
+            "into the weights and save the pipeline again"
+        )
     stem = "diffusion_pytorch_model" if source == "diffusers" else "model"
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     options["output_loading_info"] = True

@@ -158,7 +158,7 @@ def scheduler_of(config: Mapping[str, Any]) -> Any:
     own = {key: value for key, value in config.items() if key in _parameters(kind)}
     try:
         return kind(**own)
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"scheduler: {name} refuses its configuration: {error}") from error
 
 
@@ -203,7 +203,8 @@ def _check(config: Mapping[str, Any]) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         refuse("scheduler.prediction_type", prediction, PREDICTIONS)
-    if config.get("trained_betas") is None:
+    trained = config.get("trained_betas")
+    if trained is None:
         betas = config.get("beta_schedule", "linear")
         if betas not in BETA_SCHEDULES:
             refuse("scheduler.beta_schedule", betas, BETA_SCHEDULES)
@@ -211,6 +212,11 @@ def _check(config: Mapping[str, Any]) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(
             f"scheduler.num_train_timesteps is {steps!r:.40}, expected a positive integer"
+        )
+    if trained is not None and len(trained) != steps:
+        raise ValueError(
+            f"scheduler.trained_betas has {len(trained)} entries, and "
+            f"scheduler.num_train_timesteps is {steps}: they must be equal"
         )
     if config.get("interpolation_type", "linear") != "linear":
         refuse("scheduler.interpolation_type", config["interpolation_type"], ["linear"])
