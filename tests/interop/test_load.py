@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,19 @@ def test_statistics_under_a_prompt(diffusers: Any, transformers: Any) -> None:
     statistics = ef.Statistics.from_model(denoiser, **denoiser.condition("a red cat"))
     torch.testing.assert_close(statistics.mean, torch.full((4, 8, 8), 0.3).double())
     assert statistics.variance.max() < 1e-4
+
+
+def test_the_example_of_the_package(diffusers: Any, transformers: Any) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", ef.interop.diffusers.__doc__, re.DOTALL)
+    pipe = tiny.stable_diffusion(diffusers, transformers, ddim(diffusers))
+    names = {"ef": ef, "pipeline": pipe, "noise": tiny.normal(2, 4, 8, 8)}
+    exec(code, names)
+    assert names["images"].shape == (2, 3, 16, 16)
+    prompts = {"guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "latent"}
+    theirs = pipe(
+        ["a cat", "a red dog"], num_inference_steps=10, latents=names["noise"], **prompts
+    ).images
+    torch.testing.assert_close(names["again"], theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_of_diffusers_is_imported_before_it_is_used() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ebbflow as ef
 from tests.interop import tiny
+from tests.parity import problem
 
 STEPS, PROMPTS = 10, ["a red cat", "dog"]
 TRAILING = {"timestep_spacing": "trailing"}
@@ -180,6 +181,24 @@ def test_stochastic_with_the_same_noise(
         eta = {"eta": solver[1]} if name.startswith("DDIM") else {}
         solver = ef.solvers.get(solver[0], eta=solver[1])
     agree(ours(pipeline, noise, solver, seed=5), theirs(pipeline, noise, **eta))
+
+
+@pytest.mark.parametrize(("order", "solver"), [(1, "ddim"), (2, "deis-rhoab1"), (3, "deis-rhoab2")])
+def test_lms(diffusers: Any, order: int, solver: str) -> None:
+    """On an exact denoiser, since no pipeline passes an order; up to the step to sigma = 0."""
+    lms = diffusers.LMSDiscreteScheduler(**tiny.MILD, **TRAILING)
+    schedule = ef.interop.diffusers.schedule_of(lms).schedule
+    nodes = ef.interop.diffusers.nodes(lms, STEPS)
+    f, x = problem.denoiser(schedule), problem.start(schedule, nodes[0])
+    alpha, sigma = problem.levels(schedule, nodes)
+    lms.set_timesteps(STEPS)
+    y = x / alpha[0]
+    for k, t in enumerate(lms.timesteps[:-1]):
+        lms.scale_model_input(y, t)
+        state = y * alpha[k]
+        y = lms.step((state - alpha[k] * f(state, nodes[k])) / sigma[k], t, y, order).prev_sample
+    end = ef.solvers.get(solver).plan(schedule, times=nodes[:-1]).run(f, x)
+    torch.testing.assert_close(end / alpha[-2], y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_grid_off_by_one_index_is_seen(diffusers: Any, pipeline: Any) -> None:

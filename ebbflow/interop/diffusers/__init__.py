@@ -1,6 +1,26 @@
 """diffusers both ways: `load` makes a `Denoiser` of a pipeline, `Scheduler` a scheduler of a plan.
 
-Importing this package imports nothing of diffusers; using it does (`pip install diffusers`).
+```python
+denoiser = ef.interop.diffusers.load(pipeline)  # or the folder that save_pretrained wrote
+guided = ef.guidance.ClassifierFree(denoiser, 4.0, null=denoiser.null())
+condition = denoiser.condition(["a cat", "a red dog"])
+latents = ef.sample(guided, (2, *denoiser.shape), steps=10, **condition)
+images = denoiser.decode(latents)  # in [-1, 1]
+
+# What the pipeline itself computes from the same noise, with the solver that its scheduler is:
+again = ef.sample(
+    guided,
+    noise.shape,
+    solver="ddim",
+    times=denoiser.nodes(10),
+    x_init=denoiser.start(noise, 10),
+    **condition,
+)
+```
+
+`grid` lists which scheduler is which solver. Class-conditional models take labels,
+`denoiser.condition([3, 7])`; models of pixels have no `decode`. Importing this package imports
+nothing of diffusers; using it does: `pip install 'ebbflow[peers]'`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,25 @@
-"""Where a diffusers scheduler steps, as the nodes of a plan."""
+"""Where a diffusers scheduler steps, as the nodes of a plan.
+
+Through the same nodes from the same start, these end where the pipeline does:
+
+| scheduler | solver |
+|---|---|
+| DDIM, EulerDiscrete, EDMEuler | "ddim" (with DDIM's eta) |
+| DDPM | "ddpm" |
+| EulerAncestralDiscrete | "ddim" with eta=1 |
+| HeunDiscrete | "edm" |
+| DPMSolverMultistep, EDMDPMSolverMultistep of order 2, "midpoint" | "dpm-solver++2m" |
+| … with algorithm_type "dpmsolver", "sde-dpmsolver++" | "dpm-solver-2m", "sde-dpm-solver++2m" |
+| DEISMultistep of order 2, 3 | "deis-logrhoab1", "dpm-solver-3m" |
+| UniPCMultistep, bh1 or bh2, of order 2 or 3 | "unipc-b1-2", "unipc-b2-2", … |
+| PNDM with Runge-Kutta steps | "f-pndm" |
+| LMSDiscrete of order 2, 3, up to its last step | "deis-rhoab1", "deis-rhoab2" |
+| FlowMatchEulerDiscrete, FlowMatchHeunDiscrete | "euler", "heun" |
+
+To a last level above zero give the multistep schedulers `lower_order_final=False`. Their third
+order of DPM-Solver++ has a coefficient that loses half of a term (tests/parity/test_third_order.py),
+and PNDM with `skip_prk_steps` starts as no solver here does.
+"""
 
 from __future__ import annotations
 
