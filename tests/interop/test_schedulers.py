@@ -19,6 +19,7 @@ from tests.parity import problem
 STEPS, PROMPTS = 10, ["a red cat", "dog"]
 TRAILING = {"timestep_spacing": "trailing"}
 LINSPACE = {"timestep_spacing": "linspace"}
+BETWEEN = LINSPACE | {"num_train_timesteps": 105}  # at indices that are no integers
 LEADING = {"timestep_spacing": "leading"}
 KARRAS = {"use_karras_sigmas": True}
 EXPONENTIAL = {"use_exponential_sigmas": True}
@@ -69,10 +70,10 @@ CHAIN: list[tuple[str, dict[str, Any], str]] = [
     ("UniPCMultistepScheduler", FLOW, "unipc-b2-2"),
     ("PNDMScheduler", TRAILING, "f-pndm"),
     ("HeunDiscreteScheduler", TRAILING, "edm"),
-    ("HeunDiscreteScheduler", LINSPACE, "edm"),
+    ("HeunDiscreteScheduler", BETWEEN, "edm"),
     ("HeunDiscreteScheduler", KARRAS, "edm"),
     ("EulerDiscreteScheduler", TRAILING, "ddim"),
-    ("EulerDiscreteScheduler", LINSPACE, "ddim"),
+    ("EulerDiscreteScheduler", BETWEEN, "ddim"),
     ("EulerDiscreteScheduler", LEADING | {"steps_offset": 1}, "ddim"),
     ("EulerDiscreteScheduler", KARRAS | V, "ddim"),
     ("EulerDiscreteScheduler", EXPONENTIAL, "ddim"),

@@ -17,7 +17,8 @@ Through the same nodes from the same start, these end where the pipeline does:
 | FlowMatchEulerDiscrete, FlowMatchHeunDiscrete | "euler", "heun" |
 
 To a last level above zero give the multistep schedulers `lower_order_final=False`. Their third
-order of DPM-Solver++ has a coefficient that loses half of a term, and PNDM with `skip_prk_steps` starts as no solver here does.
+order of DPM-Solver++ has a coefficient that loses half of a term, and PNDM with `skip_prk_steps`
+starts as no solver here does.
 """
 
 from __future__ import annotations
