@@ -213,6 +213,21 @@ def test_statistics_under_a_prompt(diffusers: Any, transformers: Any) -> None:
     assert statistics.variance.max() < 1e-4
 
 
+def test_a_plan_as_the_scheduler_of_a_folder(diffusers: Any, tmp_path: Path) -> None:
+    """`load` reads the model's facts from it as from the scheduler whose place it took."""
+    own = pytest.importorskip("ebbflow.interop.diffusers.scheduler", reason="needs diffusers")
+    old, network = ddim(diffusers, prediction_type="v_prediction"), tiny.unet(diffusers)
+    before = ef.interop.diffusers.load(network, scheduler=old)
+    plan = ef.solvers.get("dpm-solver++2m").plan(before.schedule, 4)
+    pipe = diffusers.DDPMPipeline(network, own.Scheduler(plan, like=old))
+    x = tiny.normal(2, 3, 8, 8)
+    with torch.no_grad():
+        for denoiser in loaded(pipe, tmp_path):
+            assert denoiser.prediction == "v"
+            assert torch.equal(denoiser(x, TIMES), before(x, TIMES))
+            assert ef.sample(denoiser, x.shape, plan=plan, x_init=x).shape == x.shape
+
+
 def test_the_example_of_the_package(diffusers: Any, transformers: Any) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", ef.interop.diffusers.__doc__, re.DOTALL)
     pipe = tiny.stable_diffusion(diffusers, transformers, ddim(diffusers))

@@ -73,6 +73,11 @@ INDEX: list[tuple[dict[str, Any], str]] = [
     ({"unet": ["code", "UNet"]}, "model_index.unet is ['code', 'UNet']; known: diffusers.UNet2D"),
     ({"unet": ["diffusers", "UNet1DModel"]}, "model_index.unet is ['diffusers', 'UNet1DModel']"),
     ({"scheduler": ["diffusers", "LCMScheduler"]}, "model_index.scheduler is"),
+    (
+        {"unet": ["diffusers", "DDIMScheduler"]},
+        "model_index.unet is ['diffusers', 'DDIMScheduler']",
+    ),
+    ({"scheduler": ["diffusers", "UNet2DModel"]}, "known: diffusers.DDIMScheduler"),
     ({"unet": None}, "lacks ['unet'], which DDIMPipeline needs"),
     ({"unet": ["diffusers", "UNet2DConditionModel"]}, "unet._class_name is 'UNet2DModel'"),
 ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ PIPELINES = (
 AUTOENCODERS = ("AutoencoderKL",)
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+KINDS: dict[str, tuple[str, Collection[str]]] = {
+    "unet": ("diffusers", ADAPTERS),
+    "transformer": ("diffusers", ADAPTERS),
+    "vae": ("diffusers", AUTOENCODERS),
+    "scheduler": ("diffusers", FAMILIES),
+    "text_encoder": ("transformers", ENCODERS),
+    "tokenizer": ("transformers", TOKENIZERS),
+}
+"""For each part of a pipeline the library and the classes that are read."""
+OWN = ["ebbflow.interop.diffusers.scheduler", "Scheduler"]
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that judge pictures or read them: no part of the denoiser, left out."""
 
@@ -93,20 +104,23 @@ def _existing(folder: Path, name: str) -> Path:
 
 def _part(root: Path, key: str, value: list[Any]) -> Any:
     """The component `key`, which the index says is `value = [library, class]`."""
-    known = {
-        "diffusers": (*ADAPTERS, *AUTOENCODERS, *FAMILIES),
-        "transformers": (*ENCODERS, *TOKENIZERS),
-    }
+    owner, kinds = KINDS.get(key.removesuffix("_2").removesuffix("_3"), ("", ()))
     source, name = value if len(value) == 2 else (None, None)
-    if source not in known or name not in known[source]:
-        hint = "; code of a folder is never run" if source not in known else ""
-        names = ", ".join(f"{lib}.{one}" for lib, ones in known.items() for one in ones)
-        raise ValueError(f"model_index.{key} is {value!r:.80}; known: {names}{hint}")
+    own = key == "scheduler" and value == OWN
+    if not own and (source != owner or name not in kinds):
+        names = ", ".join(f"{owner}.{kind}" for kind in kinds)
+        raise ValueError(
+            f"model_index.{key} is {value!r:.80}; known: {names or 'no such part'}; code of a "
+            "folder is never run"
+        )
     folder = root / key
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"model_index.{key}: {folder} leads out of {root}")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: model_index.json lists {key}")
+    if own:
+        _existing(folder, "scheduler_config.json")
+        return import_module(OWN[0]).Scheduler.from_pretrained(folder)
     if name in FAMILIES:
         config = read_json(_existing(folder, "scheduler_config.json"))
         if config.get("_class_name", name) != name:
@@ -122,7 +136,7 @@ def _part(root: Path, key: str, value: list[Any]) -> Any:
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{key}: {name} cannot be read from {folder}: {error}") from error
-    return _weights(folder, key, source, str(name))
+    return _weights(folder, key, owner, str(name))
 
 
 def _weights(folder: Path, key: str, source: str, name: str) -> nn.Module:
