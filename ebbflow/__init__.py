@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
+    from ebbflow import interop as interop
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -55,6 +56,7 @@ _HOMES = {
     "gaussian_prior": "processes",
     "grids": "grids",
     "guidance": "guidance",
+    "interop": "interop",
     "load": "storage",
     "metrics": "metrics",
     "networks": "networks",
