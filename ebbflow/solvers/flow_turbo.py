@@ -29,10 +29,11 @@ class FlowTurbo(Solver):
 
         y~ = y + h d,   d' = v(y~, tau'),   y' = y + h/2 (d + d'),   h = tau' - tau
 
-    Any process is the paper's linear flow in `y = x/(alpha + sigma) = (1 - tau) x_0 + tau eps`, whose
-    velocity `v = dy/dtau = eps - D` is finite at alpha = 0. Heun asks for `d = v(y, tau)`; a pseudo
-    step keeps the d' of the step before it, taken at y~ instead of y: as these differ by O(h²), the
-    order stays 2. Two calls a Heun step, then one; a step to sigma = 0 returns its own prediction.
+    Any process is the paper's linear flow in `y = x/(alpha + sigma) = (1 - tau) x_0 + tau eps`;
+    its velocity `v = dy/dtau = eps - D` is finite at alpha = 0. Heun asks for `d = v(y, tau)`; a
+    pseudo step keeps the d' of the step before it, taken at y~ instead of y: as these differ by
+    O(h²), the order stays 2. Two calls a Heun step, then one; a step to sigma = 0 returns its own
+    prediction.
     FlowTurbo: Towards Real-time Flow-Based Image Generation with Velocity Refiner, section 3.3.
     """
 
