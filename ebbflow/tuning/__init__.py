@@ -2,6 +2,8 @@
 
 from ebbflow.tuning.calibration import Calibrated as Calibrated
 from ebbflow.tuning.calibration import calibrate as calibrate
+from ebbflow.tuning.expressway import Expressway as Expressway
+from ebbflow.tuning.expressway import expressway as expressway
 from ebbflow.tuning.flow_turbo import FlowTurbo as FlowTurbo
 from ebbflow.tuning.flow_turbo import Refiner as Refiner
 from ebbflow.tuning.flow_turbo import cost_share as cost_share
