@@ -80,7 +80,7 @@ class Refiner(nn.Module):
     def forward(self, y: Tensor, v: Tensor, tau: float | Tensor, **condition: Any) -> Tensor:
         """The velocity at y (B, *shape), tau () or (B,), from a velocity v before it."""
         own = next((p.dtype for p in self.network.parameters()), y.dtype)
-        clock = torch.as_tensor(tau, device=y.device).expand(len(y))
+        clock = torch.as_tensor(tau, dtype=torch.float64, device=y.device).expand(len(y))
         clock = clock.to(torch.promote_types(own, torch.float32))
         inputs = (z.to(own) / self.scale for z in (y, v))
         change = self.network(*inputs, clock, **condition)
@@ -205,7 +205,7 @@ def train_refiner(
     training, held_out = draws(kept, len(data)), draws(0, kept)
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
     began, done = time.monotonic(), 0.0
-    network.train()
+    refiner.train()
     with bar("training the refiner", steps, progress) as advance:
         for step in range(steps):
             if budget_seconds is not None:
@@ -226,7 +226,7 @@ def train_refiner(
                 raise FloatingPointError(f"the refiner's loss is {loss.item()} at step {step + 1}")
             optimiser.step()
             advance()
-    network.eval()
+    refiner.eval()
     with torch.no_grad():
         y, before, tau, after, given = held_out.batch(4 * batch)
         left = (refiner(y, before, tau, **given) - after).square().mean()
