@@ -5,22 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from ebbflow import grids
 from ebbflow.plan import Stage
-from ebbflow.schedules import Schedule
 from ebbflow.solvers.base import Grid, Levels, Solver, first_order
-
-
-def straight(schedule: Schedule, steps: int) -> grids.Times:
-    """Nodes uniform in tau = sigma/(alpha + sigma), the time of the straight path."""
-    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
-    high, low = (sigma / (alpha + sigma)).tolist()
-    share = torch.arange(1, grids.check_steps(steps), dtype=torch.float64) / steps
-    tau = high + (low - high) * share
-    return (1.0, *schedule.time(2 * torch.log((1 - tau) / tau)).tolist(), 0.0)
+from ebbflow.solvers.straight import straight
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ class SemiDiscrete:
         return self.highest(x, 1)[1][:, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """T(x), (B, d), in the dtype of x."""
-        return self.targets[self.index(x)].to(x.dtype)
+        """T(x), (B, d), in the dtype and on the device of x."""
+        return self.targets[self.index(x)].to(x)
 
     def potential(self, x: Tensor) -> Tensor:
         """u_h(x), (B,)."""
@@ -109,7 +109,7 @@ class SemiDiscrete:
         part = max(1, ELEMENTS // n)
         for first in range(0, samples, part):
             x = source(min(part, samples - first), generator)
-            total += torch.bincount(self.index(x), minlength=n)
+            total += torch.bincount(self.index(x), minlength=n).cpu()
         return total
 
     def _planes(self, x: Tensor) -> Iterator[Tensor]:
@@ -118,7 +118,7 @@ class SemiDiscrete:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: these targets need (B, {self.targets.shape[1]})"
             )
-        heights = self.heights.to(self.targets.dtype)
+        heights = self.heights.to(self.targets)
         for part in x.to(self.targets).split(max(1, ELEMENTS // len(self.targets))):
             yield torch.addmm(heights, part, self.targets.T)
 
@@ -194,7 +194,7 @@ def semi_discrete(
     x = source(1000, generator)
     if x.ndim != 2 or x.shape[1] != d:
         raise ValueError(f"the source draws shape {tuple(x.shape)}: the targets need (count, {d})")
-    centred = (targets - weights.to(targets.dtype) @ targets).double()
+    centred = (targets - weights.to(targets) @ targets).double().cpu()
     spread_y = (weights @ centred.square().sum(1)).sqrt().item()
     spread_x = (x.double() - x.double().mean(0)).square().sum(1).mean().sqrt().item()
     scale = spread_x * spread_y / d  # of <x, y> and so of heights

@@ -15,6 +15,9 @@ from ebbflow.tuning.quantisation import denoising_states as denoising_states
 from ebbflow.tuning.quantisation import quantise as quantise
 from ebbflow.tuning.references import References as References
 from ebbflow.tuning.references import references as references
+from ebbflow.tuning.refiner import Refiner as Refiner
+from ebbflow.tuning.refiner import cost_share as cost_share
+from ebbflow.tuning.refiner import train_refiner as train_refiner
 from ebbflow.tuning.residual_form import ResidualForm as ResidualForm
 from ebbflow.tuning.stitching import Choice as Choice
 from ebbflow.tuning.stitching import MomentMatched as MomentMatched

@@ -112,9 +112,9 @@ def test_one_call_a_step_costs_two_and_a_bit_in_error() -> None:
     def end(solver: ef.solvers.Solver, n: int) -> Tensor:
         return solver.plan(linear, times=np.linspace(0.98, 0.05, n + 1)).run(denoiser, x)
 
-    exact = end(ef.solvers.get("deis-rho-rk4"), 2000)
+    exact = end(ef.solvers.get("deis-rho-rk4"), 400)
     heun, turbo = ef.solvers.get("heun"), ef.solvers.get("flow-turbo")
-    for n in (40, 80, 160):
+    for n in (40, 80):
         two_calls, one_call = ((end(s, n) - exact).abs().max() for s in (heun, turbo))
         assert 1.5 < one_call / two_calls < 3
         assert (end(turbo, 2 * n - 1) - exact).abs().max() < 0.8 * two_calls
@@ -122,8 +122,8 @@ def test_one_call_a_step_costs_two_and_a_bit_in_error() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_straight_flow_needs_one_step(schedule: str) -> None:
-    """x_0 = A eps along straight lines: `D = A (tau + (1 - tau) A)^-1 y`, which Euler solves exactly,
-    and so do Heun and the pseudo-corrector in any number of steps."""
+    """x_0 = A eps along straight lines: `D = A (tau + (1 - tau) A)^-1 y`, which Euler solves
+    exactly, and so do Heun and the pseudo-corrector in any number of steps."""
     process = SCHEDULES[schedule]
     a = torch.tensor([0.3, 2.0, -0.1], dtype=torch.float64)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ebbflow as ef
 from ebbflow.schedules import Schedule, along
 from ebbflow.tuning import FlowTurbo, Refiner, cost_share, train_refiner
-from ebbflow.tuning.flow_turbo import _Draws, small_network, velocity
+from ebbflow.tuning.refiner import _Draws, small_network, velocity
 from tests.laws import cases
 from tests.laws.cases import SCHEDULES
 
@@ -183,7 +183,7 @@ def test_training_pairs_are_on_the_flow(schedule: str) -> None:
 
 
 @functools.cache
-def trained(steps: int = 600, seed: int = 0) -> Refiner:
+def trained(steps: int = 400, seed: int = 0) -> Refiner:
     data = RING.sample(2048, seed=1).float()
     return train_refiner(RING.denoiser(LINEAR), data, steps=steps, seed=seed)
 
@@ -246,6 +246,13 @@ def test_the_seed_makes_the_refiner() -> None:
     one, two, three = (list(r.parameters()) for r in (first, again, other))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_its_weights_and_scale_are_saved_together() -> None:
+    fresh = Refiner(small_network((2,)))
+    fresh.load_state_dict(trained().state_dict())
+    y, v = torch.randn(2, 5, 2)
+    assert torch.equal(fresh(y, v, 0.3), trained()(y, v, 0.3)) and fresh.scale > 1
 
 
 def test_a_budget_of_seconds_ends_it() -> None:
