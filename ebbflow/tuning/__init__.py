@@ -5,9 +5,6 @@ from ebbflow.tuning.calibration import calibrate as calibrate
 from ebbflow.tuning.expressway import Expressway as Expressway
 from ebbflow.tuning.expressway import expressway as expressway
 from ebbflow.tuning.flow_turbo import FlowTurbo as FlowTurbo
-from ebbflow.tuning.flow_turbo import Refiner as Refiner
-from ebbflow.tuning.flow_turbo import cost_share as cost_share
-from ebbflow.tuning.flow_turbo import train_refiner as train_refiner
 from ebbflow.tuning.learned import tune as tune
 from ebbflow.tuning.quantisation import CalibrationSet as CalibrationSet
 from ebbflow.tuning.quantisation import Quantised as Quantised
