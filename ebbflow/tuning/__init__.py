@@ -2,6 +2,9 @@
 
 from ebbflow.tuning.calibration import Calibrated as Calibrated
 from ebbflow.tuning.calibration import calibrate as calibrate
+from ebbflow.tuning.expressway import Expressway as Expressway
+from ebbflow.tuning.expressway import expressway as expressway
+from ebbflow.tuning.flow_turbo import FlowTurbo as FlowTurbo
 from ebbflow.tuning.learned import tune as tune
 from ebbflow.tuning.quantisation import CalibrationSet as CalibrationSet
 from ebbflow.tuning.quantisation import Quantised as Quantised
@@ -9,6 +12,9 @@ from ebbflow.tuning.quantisation import denoising_states as denoising_states
 from ebbflow.tuning.quantisation import quantise as quantise
 from ebbflow.tuning.references import References as References
 from ebbflow.tuning.references import references as references
+from ebbflow.tuning.refiner import Refiner as Refiner
+from ebbflow.tuning.refiner import cost_share as cost_share
+from ebbflow.tuning.refiner import train_refiner as train_refiner
 from ebbflow.tuning.residual_form import ResidualForm as ResidualForm
 from ebbflow.tuning.stitching import Choice as Choice
 from ebbflow.tuning.stitching import MomentMatched as MomentMatched
