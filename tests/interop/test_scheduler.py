@@ -710,3 +710,21 @@ def test_mutants_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def _keep_state(run: Any, asked: Tensor) -> None:
     held = run.registers[0] if run.registers else None
     run.state = asked if held is None else held
+
+
+def test_a_plan_on_a_loaded_schedule_knows_prediction_and_clipping():
+    """DDPMScheduler clips by default and may predict v: nothing but the plan says so."""
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=50, prediction_type="v_prediction", clip_sample=True
+    )
+    pipeline = diffusers.DDPMPipeline(tiny.unet(diffusers), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = ef.interop.diffusers.load(pipeline)
+    plan = ef.solvers.get("dpm-solver++2m").plan(denoiser.schedule, 5)
+    noise = torch.randn(2, *denoiser.shape, generator=torch.Generator().manual_seed(1))
+    ours = ef.sample(denoiser, noise.shape, plan=plan, x_init=noise)
+    pipeline.scheduler = ef.interop.diffusers.Scheduler(plan)
+    generator = torch.Generator().manual_seed(1)
+    images = pipeline(2, generator, num_inference_steps=5, output_type="np").images
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    assert (ours.clamp(-1, 1) - theirs).abs().max() < 1e-5

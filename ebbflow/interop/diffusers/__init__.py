@@ -18,6 +18,14 @@ again = ef.sample(
 )
 ```
 
+Any pipeline samples with a plan of ours, to the result of `ef.sample`:
+
+```python
+plan = ef.tune(denoiser, 6)
+pipeline.scheduler = ef.interop.diffusers.Scheduler(plan)
+pipeline(num_inference_steps=plan.nfe)
+```
+
 `grid` lists which scheduler is which solver. Class-conditional models take labels,
 `denoiser.condition([3, 7])`; models of pixels have no `decode`. Importing this package imports
 nothing of diffusers; using it does: `pip install 'ebbflow[peers]'`.
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from ebbflow.interop.diffusers.grid import nodes as nodes
     from ebbflow.interop.diffusers.grid import start as start
     from ebbflow.interop.diffusers.pipelines import load as load
+    from ebbflow.interop.diffusers.scheduler import Scheduler as Scheduler
     from ebbflow.interop.diffusers.schedules import Facts as Facts
     from ebbflow.interop.diffusers.schedules import options_of as options_of
     from ebbflow.interop.diffusers.schedules import schedule_of as schedule_of

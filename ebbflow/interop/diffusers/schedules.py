@@ -117,13 +117,20 @@ def library(name: str) -> Any:
 def schedule_of(scheduler: Any) -> Facts:
     """The facts of a diffusers scheduler, or of its configuration (with `_class_name`).
 
+    Their schedule keeps them, so that a plan compiled on it knows what its network predicts.
+
     Raises ValueError, naming the field, for a scheduler, a beta schedule or a prediction type that
     is not known, for keys that no scheduler has, and for contradictions: noise cannot be predicted
     where there is no signal (`rescale_betas_zero_snr` with "epsilon").
     """
     facts = getattr(scheduler, "facts", None)
-    if isinstance(facts, Facts):
-        return facts
+    if not isinstance(facts, Facts):
+        facts = _facts(scheduler)
+    object.__setattr__(facts.schedule, "facts", facts)
+    return facts
+
+
+def _facts(scheduler: Any) -> Facts:
     if isinstance(scheduler, Mapping):
         scheduler = scheduler_of(scheduler)
     name = type(scheduler).__name__
