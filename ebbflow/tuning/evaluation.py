@@ -18,7 +18,7 @@ from ebbflow.progress import bar
 from ebbflow.tuning.references import References
 
 Objective = Callable[[Tensor, References], float]
-"""`objective(samples, references)`: samples (N, *shape) of the references' noise; less is better."""
+"""Of samples (N, *shape) that a plan made of the references' noise; less is better."""
 
 ELEMENTS = 2**18
 """Of the states that are sampled at a time."""

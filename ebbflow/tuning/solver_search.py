@@ -301,7 +301,7 @@ class Predictor:
         self.generator = torch.Generator().manual_seed(seed)
         sizes = (nfe * _SLOT, width, width, 1)
         layers: list[nn.Module] = []
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in pairwise(sizes):
             layer = nn.Linear(a, b, device="cpu", dtype=torch.float32)
             with torch.no_grad():
                 layer.weight.copy_(torch.randn(b, a, generator=self.generator) * a**-0.5)

@@ -162,72 +162,83 @@ def _value(levels: Levels, k: int, prediction: str) -> Row:
     return {"X": 1 / levels.sigma[k], "D": -levels.alpha[k] / levels.sigma[k]}
 
 
+@dataclass
+class _Writer:
+    """One step: the levels of its start, its inner calls and its end; the state at its start, its
+    last correction included, as a row of the first stage; its stages so far."""
+
+    points: Levels
+    prediction: str
+    corrected: Row
+    drafts: list[_Draft]
+
+    def gather(
+        self,
+        target: str,
+        i: int,
+        others: Sequence[tuple[str | int, float]],
+        estimator: str = "full",
+        late: bool = False,
+    ) -> float:
+        """Let every stage add what it knows to `target`, the state at point i.
+
+        others: values of E beside the current one, the newest first, by symbol or inner call, each
+        with its offset. late: the value at point i is one more, which the next step's first call
+        brings; returns its weight.
+        """
+        points, first = self.points, self.drafts[0].rows
+        h = points.lambda_[i] - points.lambda_[0]
+        a = points.sigma[i] / points.sigma[0]
+        keep, scale, rate = a, points.alpha[i], 1.0
+        if self.prediction == "noise":
+            keep, scale, rate = points.alpha[i] / points.alpha[0], points.sigma[i], -1.0
+        # The exact step for the prediction at hand, and differences to the other values.
+        now = {"X": a - keep, "D": -points.alpha[i] * math.expm1(-h)}
+        first[target] = combination((keep, self.corrected), (1.0, now))
+        u = [0.0, *([h] if late else []), *(offset for _, offset in others)]
+        if len(u) == 1:
+            return 0.0
+        _, *parts = (scale * w for w in weights(u, h, rate, estimator))
+        now = _value(points, 0, self.prediction)
+        first[target] = combination((1.0, first[target]), (-sum(parts), now))
+        arriving = parts.pop(0) if late else 0.0
+        for (name, _), part in zip(others, parts, strict=True):
+            if isinstance(name, str):
+                first[target] = combination((1.0, first[target]), (1.0, {name: part}))
+            else:
+                value = _value(points, name, self.prediction)
+                row = combination((1.0, {target: 1.0}), (part, value))
+                self.drafts[name].rows[target] = row
+        return arriving
+
+
 def _drafts(levels: Levels, steps: Sequence[Choice]) -> Iterator[_Draft]:
-    corrected: Row = {"X": 1.0}  # the state at this node, its last correction included
+    corrected: Row = {"X": 1.0}
     for k, choice in enumerate(steps):
         single = exact(levels, k)
-        calls, last = 1 if single else choice.calls, k == len(steps) - 1
-        ends = [] if single else [levels.lambda_[k + 1], levels.lambda_[k]]
-        inner = [levels.time(math.exp(-_at(*ends, i / calls))) for i in range(1, calls)]
+        choice = Choice() if single else choice
+        start, end, calls = levels.lambda_[k], levels.lambda_[k + 1], choice.calls
+        at = [start + i / calls * (end - start) for i in range(1, calls)]
+        inner = [levels.time(math.exp(-lambda_)) for lambda_ in at]
         points = Levels.of(levels.schedule, (levels.times[k], *inner, levels.times[k + 1]))
-        past = [j for j in range(k - 1, -1, -1) if math.isfinite(levels.lambda_[j])]
-        # The others that a target may use, the newest first, as (symbol, offset).
-        letter = "D" if choice.prediction == "x0" else "E"
-        before = [(f"{letter}{j}", levels.lambda_[j] - levels.lambda_[k]) for j in past]
-        within = [(i, points.lambda_[i] - points.lambda_[0]) for i in range(calls - 1, 0, -1)]
-        order = 1 if single else choice.order
         drafts = [_Draft(points.times[i], f"q{i}" if i else "x") for i in range(calls)]
-        drafts[0].rows |= {f"D{k}": {"D": 1.0}}
-        drafts[0].rows |= {f"E{k}": _value(levels, k, "noise")} if levels.sigma[k] else {}
-
-        def add(target: str, i: int, others: Sequence, late: bool = False, estimator: str = "full"):
-            """Gather `target`, the state at point i: what each stage knows of it.
-
-            late: the value at point i is one of the values, but comes with the next step; returns
-            its weight.
-            """
-            h = points.lambda_[i] - points.lambda_[0]
-            noise = choice.prediction == "noise"
-            scale, rate = (points.sigma[i], -1.0) if noise else (points.alpha[i], 1.0)
-            a = points.sigma[i] / points.sigma[0]
-            b = -points.alpha[i] * math.expm1(-h)
-            keep = points.alpha[i] / points.alpha[0] if noise and not single else a
-            # The exact step for the prediction at hand, and differences to the other values.
-            row = combination((keep, corrected), (1.0, {"X": a - keep, "D": b}))
-            if late or others:
-                u = [0.0, *([h] if late else []), *(offset for _, offset in others)]
-                _, *parts = (scale * w for w in weights(u, h, rate, estimator))
-                now = _value(points, 0, choice.prediction)
-                row = combination((1.0, row), (-sum(parts), now))
-                arriving = parts.pop(0) if late else 0.0
-                for (name, _), part in zip(others, parts, strict=True):
-                    if isinstance(name, str):
-                        row = combination((1.0, row), (1.0, {name: part}))
-                    else:
-                        own = _value(points, name, choice.prediction)
-                        drafts[name].rows[target] = combination((part, own), (1.0, {target: 1.0}))
-            else:
-                arriving = 0.0
-            drafts[0].rows[target] = row
-            return arriving
-
-        for i in range(1, calls):
-            add(f"q{i}", i, [(j, offset) for j, offset in within if j < i][:1])
-        others = [*within, *before][: order - 1]
-        add("x", calls, others, estimator=choice.estimator)
-        arriving = None
-        if choice.corrector and not single and not last:
-            arriving = add("c", calls, others, True, choice.estimator)
         drafts[-1].node = levels.times[k + 1]
-        yield from drafts
+        drafts[0].rows = {f"D{k}": {"D": 1.0}, f"E{k}": _value(levels, k, "noise")}
+        writer = _Writer(points, choice.prediction, corrected, drafts)
+        inside = [(i, points.lambda_[i] - start) for i in range(calls - 1, 0, -1)]
+        for i in range(1, calls):
+            writer.gather(f"q{i}", i, inside[calls - i :][:1])
+        letter = "D" if choice.prediction == "x0" else "E"
+        past = [j for j in range(k - 1, -1, -1) if math.isfinite(levels.lambda_[j])]
+        before = [(f"{letter}{j}", levels.lambda_[j] - start) for j in past]
+        others = [*inside, *before][: choice.order - 1]
+        writer.gather("x", calls, others, choice.estimator)
         corrected = {"X": 1.0}
-        if arriving is not None:
+        if choice.corrector and k < len(steps) - 1:
+            late = writer.gather("c", calls, others, choice.estimator, late=True)
             new = _value(levels, k + 1, choice.prediction)
-            corrected = combination((1.0, {"c": 1.0}), (arriving, new))
-
-
-def _at(end: float, start: float, part: float) -> float:
-    return start + part * (end - start)
+            corrected = combination((1.0, {"c": 1.0}), (late, new))
+        yield from drafts
 
 
 def _allocate(drafts: Sequence[_Draft]) -> tuple[Stage, ...]:
