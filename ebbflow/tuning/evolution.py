@@ -54,6 +54,9 @@ class Evolution:
             )
 
 
+STANDARD = Evolution()
+
+
 @dataclass(frozen=True)
 class Variation:
     """How candidates come about: `draw()`, `mutate(a)` and `cross(a, b)`, each of which may return
@@ -133,7 +136,7 @@ def search_times(
     objective: Objective = mean_error,
     solver: str | Solver = "auto",
     grid: int | Sequence[float] = 1000,
-    evolution: Evolution = Evolution(),
+    evolution: Evolution = STANDARD,
 ) -> Plan:
     """A solver through the times that serve this denoiser best, with at most `nfe` calls.
 
