@@ -226,7 +226,7 @@ def times_variation(
     def near(t: float) -> float:
         """At a distance whose order of magnitude is random, up to a tenth of the grid."""
         away = int(10 ** chance.uniform(0, 2) * len(allowed) / 1000) + 1
-        i = bisect(allowed, t) + chance.choice((-away, away - 1))
+        i = bisect(allowed, t) - 1 + chance.choice((-away, away))
         return allowed[min(max(i, 0), len(allowed) - 1)]
 
     def cross(one: Times, two: Times) -> Times:

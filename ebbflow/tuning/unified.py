@@ -212,15 +212,23 @@ class _Writer:
         return arriving
 
 
+def _between(levels: Levels, k: int, inner: Sequence[float]) -> Levels:
+    """Those of node k, of points given by lambda, and of node k + 1."""
+    if inner:
+        times = [levels.time(math.exp(-lambda_)) for lambda_ in inner]
+        return Levels.of(levels.schedule, (levels.times[k], *times, levels.times[k + 1]))
+    ends = slice(k, k + 2)
+    columns = (levels.times, levels.alpha, levels.sigma, levels.lambda_)
+    return Levels(levels.schedule, *(column[ends] for column in columns))
+
+
 def _drafts(levels: Levels, steps: Sequence[Choice]) -> Iterator[_Draft]:
     corrected: Row = {"X": 1.0}
     for k, choice in enumerate(steps):
         single = exact(levels, k)
         choice = Choice() if single else choice
         start, end, calls = levels.lambda_[k], levels.lambda_[k + 1], choice.calls
-        at = [start + i / calls * (end - start) for i in range(1, calls)]
-        inner = [levels.time(math.exp(-lambda_)) for lambda_ in at]
-        points = Levels.of(levels.schedule, (levels.times[k], *inner, levels.times[k + 1]))
+        points = _between(levels, k, [start + i / calls * (end - start) for i in range(1, calls)])
         drafts = [_Draft(points.times[i], f"q{i}" if i else "x") for i in range(calls)]
         drafts[-1].node = levels.times[k + 1]
         drafts[0].rows = {f"D{k}": {"D": 1.0}, f"E{k}": _value(levels, k, "noise")}
