@@ -16,7 +16,10 @@ from ebbflow import grids, solvers
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.schedules import Schedule
+from ebbflow.solvers import gaussian
 from ebbflow.solvers.base import Levels
+from ebbflow.solvers.quadrature import GaussianResidual
+from ebbflow.statistics import Statistics
 from ebbflow.tuning.evaluation import Objective, Trial, mean_error
 from ebbflow.tuning.references import References
 from ebbflow.tuning.unified import ESTIMATORS, Choice, Choices, choices
@@ -43,37 +46,59 @@ FARTHEST = 12.0
 
 
 class Candidate(NamedTuple):
-    """Choices whose nodes are given in lambda = log(alpha/sigma); the ends are the schedule's."""
+    """Choices whose nodes are given in lambda = log(alpha/sigma); the ends are the schedule's.
+
+    whole: a solver that makes all steps in its own way, instead of the choices.
+    """
 
     lambda_: tuple[float, ...]
     choices: tuple[Choice, ...]
+    whole: GaussianResidual | None = None
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: samplers of at most `nfe` calls from 1 to 0 on a schedule."""
+    """What is searched: samplers of at most `nfe` calls from 1 to 0 on a schedule.
+
+    These are the framework's and, with its parameters free, the library's default, which for models
+    with statistics is of another kind.
+    """
 
     schedule: Schedule
     nfe: int
+    statistics: Statistics | None = None
+
+    @property
+    def default(self) -> Candidate:
+        known = self.statistics
+        informed = known is not None and known.axes is not None
+        solver = gaussian.residual if informed else gaussian.unit
+        levels = Levels.of(self.schedule, solver.nodes(self.schedule, self.nfe, known))
+        return Candidate(levels.lambda_, (Choice(),) * self.nfe, solver)
 
     def candidate(self, made: Choices) -> Candidate:
         levels = Levels.of(self.schedule, made.times)
         return self.canonical(Candidate(levels.lambda_, made.choices))
 
-    def made(self, candidate: Candidate) -> Choices:
-        inner = torch.tensor(candidate.lambda_[1:-1], dtype=torch.float64)
-        return Choices((1.0, *self.schedule.time(2 * inner).tolist(), 0.0), candidate.choices)
-
     def plan(self, candidate: Candidate, origin: Mapping[str, Any] | None = None) -> Plan:
-        return self.made(candidate).plan(self.schedule, origin)
+        inner = torch.tensor(candidate.lambda_[1:-1], dtype=torch.float64)
+        times = (1.0, *self.schedule.time(2 * inner).tolist(), 0.0)
+        if candidate.whole is None:
+            return Choices(times, candidate.choices).plan(self.schedule, origin)
+        plan = candidate.whole.plan(self.schedule, times=times, statistics=self.statistics)
+        return replace(plan, origin={**plan.origin, **(origin or {})})
 
     def cost(self, candidate: Candidate) -> int:
         """Denoiser calls."""
+        if candidate.whole is not None:
+            return len(candidate.choices)
         return sum(1 if _exact(candidate, k) else c.calls for k, c in enumerate(candidate.choices))
 
     def canonical(self, candidate: Candidate) -> Candidate:
         """The same sampler with every choice that changes nothing at its first value."""
         steps = []
+        if candidate.whole is not None:
+            return candidate._replace(choices=(Choice(),) * len(candidate.choices))
         for k, choice in enumerate(candidate.choices):
             if _exact(candidate, k):
                 steps.append(Choice())
@@ -113,7 +138,7 @@ def search_solvers(
     Stage 0 measures hand-made samplers; then, in turn, a predictor is fitted to rank what has been
     measured, the best are mutated, and those of the children that it ranks best are measured. What
     is returned is the best on a quarter of the references that the search does not see, where it
-    is never worse than the best hand-made sampler, nor than the library's default.
+    is never worse than the best hand-made sampler, the library's default among them.
 
     Args:
         references: of this denoiser, by `ebbflow.tuning.references`.
@@ -129,8 +154,10 @@ def search_solvers(
     """
     trial = Trial(denoiser, references, objective, evaluations, budget_seconds)
     trial.require(nfe, 2)
-    space, chance = Space(denoiser.schedule, nfe), random.Random(seed)
-    reserve = FINALISTS + 2 if trial.evaluations > 8 * FINALISTS * nfe else 3
+    space = Space(denoiser.schedule, nfe, denoiser.statistics)
+    chance = random.Random(seed)
+    # The finalists take a few evaluations at the end.
+    reserve = FINALISTS if trial.evaluations > 8 * FINALISTS * nfe else 2
 
     def measure(candidate: Candidate) -> bool:
         """False when the budget is spent."""
@@ -141,8 +168,9 @@ def search_solvers(
 
     history: list[float] = []
     with trial.progress("searching solvers", progress):
-        for made in hand_made(denoiser, nfe):
-            if not measure(space.candidate(made)):
+        seeds = [space.candidate(made) for made in hand_made(denoiser, nfe)]
+        for candidate in (space.default, *seeds):
+            if not measure(candidate):
                 break
         before = trial.best(1)[0]
         predictor = Predictor(nfe, seed)
@@ -156,18 +184,12 @@ def search_solvers(
             surprises = chance.sample(ranked, min(SURPRISES, len(ranked)))
             chosen = dict.fromkeys([*ranked[:EVALUATED], *surprises])
             going = bool(chosen) and all(map(measure, chosen))
-        finalists = dict.fromkeys([before, *trial.best(reserve - 2)])
-        plans = {candidate: space.plan(candidate) for candidate in finalists}
-        default = solvers.get("auto").largest(space.schedule, nfe, denoiser.statistics)
-        checked = {c: trial.check(plan) for c, plan in {**plans, None: default}.items()}
+        finalists = dict.fromkeys([before, *trial.best(reserve - 1)])
+        checked = {c: trial.check(space.plan(c)) for c in finalists}
     best = min(checked, key=checked.__getitem__)
-    start = min(checked[before], checked[None])
-    record = trial.record("S^3", seed, start, checked[best])
+    record = trial.record("S^3", seed, checked[before], checked[best])
     tau = held_out_correlation(trial.errors, nfe, seed)
-    record = {**record, "history": history, "kendall": tau}
-    if best is None:
-        return replace(default, origin={**default.origin, **record})
-    return space.plan(best, record)
+    return space.plan(best, {**record, "history": history, "kendall": tau})
 
 
 def hand_made(denoiser: Denoiser, nfe: int) -> list[Choices]:
@@ -255,11 +277,13 @@ def _relocate(candidate: Candidate, chance: random.Random) -> Candidate:
     end = start + 2.0 if math.isinf(end) else end
     lambda_.insert(k + 1, start + chance.uniform(0.1, 0.9) * (end - start))
     steps.insert(k, steps[k])
-    return Candidate(tuple(lambda_), tuple(steps))
+    return Candidate(tuple(lambda_), tuple(steps), candidate.whole)
 
 
 def _regroup(candidate: Candidate, chance: random.Random) -> Candidate:
     """Two steps become one of as many calls, or one of many calls as many steps."""
+    if candidate.whole is not None:
+        return candidate
     lambda_, steps = list(candidate.lambda_), list(candidate.choices)
     k = chance.randrange(len(steps))
     start, end, calls = lambda_[k], lambda_[k + 1], steps[k].calls
@@ -273,6 +297,12 @@ def _regroup(candidate: Candidate, chance: random.Random) -> Candidate:
 
 
 def _choose(candidate: Candidate, chance: random.Random) -> Candidate:
+    if (solver := candidate.whole) is not None:
+        name = chance.choice(("length", "reach", "history"))
+        value = getattr(solver, name) * math.exp(chance.gauss(0, 0.3))
+        if name == "history":
+            value = min(4, max(1, solver.history + chance.choice((-1, 1))))
+        return candidate._replace(whole=replace(solver, **{name: value}))
     k = chance.randrange(len(candidate.choices))
     old = candidate.choices[k]
     new: dict[str, Any] = chance.choice(
@@ -299,7 +329,7 @@ class Predictor:
         self.nfe = nfe
         self.seen: dict[Candidate, list[float]] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        sizes = (nfe * _SLOT, width, width, 1)
+        sizes = (4 + nfe * _SLOT, width, width, 1)
         layers: list[nn.Module] = []
         for a, b in pairwise(sizes):
             layer = nn.Linear(a, b, device="cpu", dtype=torch.float32)
@@ -347,15 +377,18 @@ _SLOT = 14
 
 
 def features(candidate: Candidate, nfe: int) -> list[float]:
-    """(nfe * 14,): where each step starts and ends in lambda, and its choices, one-hot."""
+    """(4 + nfe * 14,): a solver of its own with its parameters, or none; where each step starts and
+    ends in lambda, and its choices, one-hot."""
     lambda_ = [min(max(value, -8.0), 8.0) for value in candidate.lambda_]
-    found: list[float] = []
+    found, whole = [0.0] * 4, candidate.whole
+    if whole is not None:
+        found = [1.0, math.log(whole.length), math.log(whole.reach), float(whole.history)]
     for k, choice in enumerate(candidate.choices):
         found += [1.0, lambda_[k], lambda_[k + 1], float(choice.prediction == "noise")]
         found += [float(choice.order == order) for order in (1, 2, 3)]
         found += [float(choice.estimator == name) for name in ESTIMATORS]
         found += [float(choice.corrector), *(float(choice.calls == calls) for calls in (2, 3))]
-    return found + [0.0] * (nfe * _SLOT - len(found))
+    return found + [0.0] * (4 + nfe * _SLOT - len(found))
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:

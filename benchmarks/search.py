@@ -1,0 +1,135 @@
+"""Ways to improve a plan for one model, in one table: searches and hand-made samplers.
+
+    python -m benchmarks.search [--evaluations 4000] [--nfe 5 8] [--setting vp] [--seed 0]
+
+Every search gets the same references (256 converged samples) and the same number of evaluations;
+"hand-made" is the best on those references of the solvers of the framework on five grids. Error:
+the mean over 512 fresh noises of a sample's distance to its converged one, in deviations, and the
+median in brackets. Searches see a plan's error on three quarters of the references and choose among
+their finalists on the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import ebbflow as ef
+from ebbflow.benchmark.problems import oracle
+from ebbflow.tuning import References, references
+from ebbflow.tuning.evolution import Evolution, search_times
+from ebbflow.tuning.solver_search import hand_made, search_solvers
+
+ENDLESS = Evolution(epochs=None)
+
+
+class Job(NamedTuple):
+    denoiser: ef.Denoiser
+    nfe: int
+    known: References
+    evaluations: float
+    seed: int
+
+
+def best_hand_made(job: Job) -> ef.Plan:
+    plans = [made.plan(job.denoiser.schedule) for made in hand_made(job.denoiser, job.nfe)]
+    return min(plans, key=lambda plan: job.known.errors(job.denoiser, plan).mean().item())
+
+
+def default(job: Job) -> ef.Plan:
+    solver = ef.solvers.get("auto")
+    return solver.largest(job.denoiser.schedule, job.nfe, job.denoiser.statistics)
+
+
+def s3(job: Job) -> ef.Plan:
+    return search_solvers(
+        job.denoiser,
+        job.nfe,
+        references=job.known,
+        evaluations=job.evaluations,
+        budget_seconds=3600.0,
+        seed=job.seed,
+    )
+
+
+def times_of(solver: str) -> Callable[[Job], ef.Plan]:
+    def found(job: Job) -> ef.Plan:
+        return search_times(
+            job.denoiser,
+            job.nfe,
+            references=job.known,
+            evaluations=job.evaluations,
+            budget_seconds=3600.0,
+            seed=job.seed,
+            solver=solver,
+            evolution=ENDLESS,
+        )
+
+    return found
+
+
+def bare(method: Callable[[Job], ef.Plan]) -> Callable[[Job], ef.Plan]:
+    """The same for a model without statistics."""
+
+    def found(job: Job) -> ef.Plan:
+        plain = ef.Denoiser(job.denoiser.net, job.denoiser.schedule, shape=job.denoiser.shape)
+        return method(job._replace(denoiser=plain))
+
+    return found
+
+
+METHODS: dict[str, Callable[[Job], ef.Plan]] = {
+    "hand-made, best of the framework": best_hand_made,
+    "auto, no statistics": bare(default),
+    "auto": default,
+    "S3": s3,
+    "S3, no statistics": bare(s3),
+    "AutoDiffusion times of dpm-solver++2m": times_of("dpm-solver++2m"),
+    "AutoDiffusion times of auto, no statistics": bare(times_of("auto")),
+    "AutoDiffusion times of auto": times_of("auto"),
+}
+if hasattr(ef, "tune"):
+
+    def learned(job: Job) -> ef.Plan:
+        """By time, as it trains by gradients: as many seconds as a search takes at most."""
+        return ef.tune(job.denoiser, nfe=job.nfe, seed=job.seed, budget_seconds=60.0)
+
+    METHODS["ef.tune, 60 s"] = learned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problems", nargs="+", default=["mixture-2d", "empirical-64d"])
+    parser.add_argument("--setting", default="vp")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[5, 8])
+    parser.add_argument("--evaluations", type=float, default=4000.0)
+    parser.add_argument("--references", type=int, default=256)
+    parser.add_argument("--fresh", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    print("| problem | calls | method | mean (median) | found | evaluations | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.problems:
+        denoiser = oracle(name, options.setting).denoiser
+        known = references(denoiser, count=options.references, seed=options.seed)
+        fresh = references(denoiser, count=options.fresh, seed=options.seed + 1)
+        for nfe in options.nfe:
+            job = Job(denoiser, nfe, known, options.evaluations, options.seed)
+            for method, make in METHODS.items():
+                began = time.perf_counter()
+                plan = make(job)
+                seconds = time.perf_counter() - began
+                errors = fresh.errors(denoiser, plan)
+                figures = f"{errors.mean().item():.4f} ({errors.median().item():.4f})"
+                spent = plan.origin.get("evaluations", "")
+                row = (name, nfe, method, figures, plan.origin["solver"], spent, f"{seconds:.0f}")
+                print("|", " | ".join(str(cell) for cell in row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
