@@ -11,16 +11,10 @@ import torch
 import ebbflow as ef
 from ebbflow.benchmark.problems import oracle
 from ebbflow.tuning import References, references
+from ebbflow.tuning.candidates import Candidate, Space, propose
 from ebbflow.tuning.evaluation import energy, frechet, mean_error, run
-from ebbflow.tuning.solver_search import (
-    Candidate,
-    Predictor,
-    Space,
-    hand_made,
-    kendall,
-    propose,
-    search_solvers,
-)
+from ebbflow.tuning.predictor import Predictor, kendall
+from ebbflow.tuning.solver_search import hand_made, search_solvers
 from ebbflow.tuning.unified import Choice
 
 NFE = 5
