@@ -38,8 +38,8 @@ class Candidate(NamedTuple):
 class Space:
     """What is searched: samplers of at most `nfe` calls from 1 to 0 on a schedule.
 
-    These are the framework's and, with its parameters free, the library's default, which for models
-    with statistics is of another kind.
+    These are the framework's and, with their parameters free, the library's own solvers, which are
+    of another kind. statistics: with every axis.
     """
 
     schedule: Schedule
@@ -47,12 +47,14 @@ class Space:
     statistics: Statistics | None = None
 
     @property
-    def default(self) -> Candidate:
-        known = self.statistics
-        informed = known is not None and known.axes is not None
-        solver = gaussian.residual if informed else gaussian.unit
-        levels = Levels.of(self.schedule, solver.nodes(self.schedule, self.nfe, known))
-        return Candidate(levels.lambda_, (Choice(),) * self.nfe, solver)
+    def defaults(self) -> list[Candidate]:
+        """The library's own solvers, with statistics where there are some, and without."""
+        found = []
+        for solver in (gaussian.residual, gaussian.unit)[self.statistics is None :]:
+            nodes = solver.nodes(self.schedule, self.nfe, self.statistics)
+            lambda_ = Levels.of(self.schedule, nodes).lambda_
+            found.append(Candidate(lambda_, (Choice(),) * self.nfe, solver))
+        return found
 
     def candidate(self, made: Choices) -> Candidate:
         levels = Levels.of(self.schedule, made.times)

@@ -13,7 +13,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.grids import Times
 from ebbflow.plan import Plan
 from ebbflow.solvers import Solver
-from ebbflow.tuning.evaluation import Objective, Trial, mean_error
+from ebbflow.tuning.evaluation import Objective, Trial, mean_error, statistics_of
 from ebbflow.tuning.references import References
 
 Gene = TypeVar("Gene", bound=Hashable)
@@ -150,7 +150,8 @@ def search_times(
             `evolution.epochs` end the search. The same seed and number of evaluations give the same
             plan, as long as the time suffices.
         objective: of samples and references; the mean distance unless given.
-        solver: any that writes plans; it gets the denoiser's statistics.
+        solver: any that writes plans; it gets the denoiser's statistics or, without, those of the
+            references.
         grid: the times to choose from, or how many, uniform in t.
 
     The plan's origin has the search, its seed, what was spent, the errors with the solver's own
@@ -164,7 +165,8 @@ def search_times(
     trial.require(nfe, 2)
     schedule, chance = denoiser.schedule, random.Random(seed)
     solver = solvers.get(solver) if isinstance(solver, str) else solver
-    own = solver.largest(schedule, nfe, denoiser.statistics)
+    known = statistics_of(denoiser, references)
+    own = solver.largest(schedule, nfe, known)
     if not isinstance(own, Plan):
         raise ValueError(f"{solver.name} writes no plan: give a solver such as 'dpm-solver++2m'")
     count = len(own.times) - 2
@@ -180,7 +182,7 @@ def search_times(
 
     def plan(inner: Times) -> Plan:
         nodes = (first, *inner, last)
-        return solver.plan(schedule, times=nodes, statistics=denoiser.statistics)
+        return solver.plan(schedule, times=nodes, statistics=known)
 
     def measure(inner: Times) -> float | None:
         if trial.errors and not trial.left(nfe, reserve):

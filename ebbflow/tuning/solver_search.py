@@ -9,7 +9,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.schedules import Schedule
 from ebbflow.tuning.candidates import Candidate, Space, propose
-from ebbflow.tuning.evaluation import Objective, Trial, mean_error
+from ebbflow.tuning.evaluation import Objective, Trial, mean_error, statistics_of
 from ebbflow.tuning.predictor import Predictor, held_out_correlation
 from ebbflow.tuning.references import References
 from ebbflow.tuning.unified import Choices, choices
@@ -52,7 +52,8 @@ def search_solvers(
     is never worse than the best hand-made sampler, the library's default among them.
 
     Args:
-        references: of this denoiser, by `ebbflow.tuning.references`.
+        references: of this denoiser, by `ebbflow.tuning.references`; where it has no statistics,
+            they come from these.
         evaluations: denoiser calls a sample, at most; budget_seconds: of wall time. The same seed
             and number of evaluations give the same plan, as long as the time suffices.
         objective: of samples and references; the mean distance unless given.
@@ -65,7 +66,7 @@ def search_solvers(
     """
     trial = Trial(denoiser, references, objective, evaluations, budget_seconds)
     trial.require(nfe, 2)
-    space = Space(denoiser.schedule, nfe, denoiser.statistics)
+    space = Space(denoiser.schedule, nfe, statistics_of(denoiser, references))
     chance = random.Random(seed)
     # The finalists take a few evaluations at the end.
     reserve = FINALISTS if trial.evaluations > 8 * FINALISTS * nfe else 2
@@ -80,7 +81,7 @@ def search_solvers(
     history: list[float] = []
     with trial.progress("searching solvers", progress):
         seeds = [space.candidate(made) for made in hand_made(denoiser, nfe)]
-        for candidate in (space.default, *seeds):
+        for candidate in (*space.defaults, *seeds):
             if not measure(candidate):
                 break
         before = trial.best(1)[0]
