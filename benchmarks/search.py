@@ -1,12 +1,16 @@
 """Ways to improve a plan for one model, in one table: searches and hand-made samplers.
 
     python -m benchmarks.search [--evaluations 1500] [--nfe 5 8] [--setting vp] [--seed 0]
+    python -m benchmarks.search --blocks [--evaluations 600]
 
 Every search gets the same references (256 converged samples) and the same number of evaluations;
 "hand-made" is the best on those references of the solvers of the framework on five grids. Error:
 the mean over 512 fresh noises of a sample's distance to its converged one, in deviations, and the
 median in brackets. Searches see a plan's error on three quarters of the references and choose among
 their finalists on the last one.
+
+With --blocks: the model in the package, class by class in turn, with blocks left out, beside the
+same solver with fewer calls of the whole network at the same cost.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import ebbflow as ef
 from ebbflow.benchmark.problems import oracle
 from ebbflow.tuning import References, references
 from ebbflow.tuning.evolution import Evolution, search_times
+from ebbflow.tuning.skipping import search_blocks, skippable
 from ebbflow.tuning.solver_search import hand_made, search_solvers
 
 ENDLESS = Evolution(epochs=None)
@@ -99,6 +104,52 @@ METHODS: dict[str, Callable[[Job], ef.Plan]] = {
 }
 
 
+def blocks(evaluations: float, seed: int, steps: int = 6, count: int = 32) -> None:
+    """DDIM's times are searched, then the blocks that each of its calls leaves out."""
+    denoiser = ef.load("fashion-mnist")
+    labels = {"label": torch.arange(10)}
+    found = [
+        references(denoiser, count=count, seed=s, condition=labels, tolerance=1e-2, most=64)
+        for s in (seed, seed + 1)
+    ]
+    known, fresh = found
+    names = skippable(denoiser, known.start[:1], label=torch.tensor([0]))
+    print("| calls | share of the network | which blocks | cost | mean (median) |")
+    print("| --- | --- | --- | --- | --- |")
+
+    def row(model: ef.Denoiser, plan: ef.Plan, share: float, what: str) -> None:
+        errors = fresh.errors(model, plan)
+        figures = f"{errors.mean().item():.4f} ({errors.median().item():.4f})"
+        cost = f"{plan.nfe * share:.2f}"
+        print(f"| {plan.nfe} | {share:.3f} | {what} | {cost} | {figures} |", flush=True)
+
+    solver = ef.solvers.get("dpm-solver++2m")
+    for n in (steps - 1, steps):
+        row(denoiser, solver.plan(denoiser.schedule, n), 1.0, "all")
+    plan = search_times(
+        denoiser,
+        steps,
+        references=known,
+        solver=solver,
+        evaluations=evaluations,
+        budget_seconds=3600.0,
+        seed=seed,
+    )
+    row(denoiser, plan, 1.0, "all, times searched")
+    for share in (0.9, (steps - 1) / steps):
+        skipping = search_blocks(
+            denoiser,
+            plan,
+            names,
+            references=known,
+            share=share,
+            evaluations=evaluations,
+            budget_seconds=3600.0,
+            seed=seed,
+        )
+        row(skipping, plan, skipping.record["share"], "times and blocks searched")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", nargs="+", default=["mixture-2d", "empirical-64d"])
@@ -108,7 +159,11 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=256)
     parser.add_argument("--fresh", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", action="store_true")
     options = parser.parse_args()
+    if options.blocks:
+        blocks(min(options.evaluations, 600.0), options.seed)
+        return
     torch.set_default_dtype(torch.float64)
     print("| problem | calls | method | mean (median) | found | evaluations | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

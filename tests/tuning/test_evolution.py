@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from copy import deepcopy
@@ -132,6 +133,28 @@ def test_variations_keep_to_the_grid_and_the_order(near: float) -> None:
     assert all(c in pair for t in children for c, pair in zip(t, zip(one, two), strict=True))  # noqa: B905
     share = sum(c in one for times in children for c in times) / (400 * 5)
     assert abs(share - 0.5) < 0.05
+
+
+def test_conditions_reach_the_samples_that_they_belong_to(float64) -> None:
+    """The plan that is found is as good as it says, with the references' own conditions."""
+    spread = torch.tensor([1.0, 0.04])
+
+    def net(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """E[x_0 | x_t] of N(label, diag(spread)) on the straight path."""
+        mean, s = label[:, None].to(x), t[:, None]
+        gain = (1 - s) * spread / ((1 - s) ** 2 * spread + s**2)
+        return mean + gain * (x - (1 - s) * mean)
+
+    denoiser = ef.Denoiser(net, ef.schedules.Linear(), shape=(2,))
+    labels = torch.tensor([0.0, 3.0, -2.0])
+    noise = references(denoiser, count=32, condition={"label": labels}, tolerance=1e-5)
+    plan = search_times(denoiser, 4, references=noise, solver="dpm-solver++2m", evaluations=300)
+    _, held_out = noise.split(24)
+    error = held_out.errors(denoiser, plan).mean().item()
+    assert plan.origin["error_after"] == pytest.approx(error, rel=1e-9)
+    assert error < 0.9 * plan.origin["error_before"]
+    wrong = dataclasses.replace(held_out, condition={"label": labels[torch.arange(8) % 3].flip(0)})
+    assert wrong.errors(denoiser, plan).mean() > 5 * error
 
 
 def test_refusals(problem) -> None:
