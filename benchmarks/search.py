@@ -61,6 +61,18 @@ def s3(job: Job) -> ef.Plan:
     )
 
 
+def framework(job: Job) -> ef.Plan:
+    return search_solvers(
+        job.denoiser,
+        job.nfe,
+        references=job.known,
+        evaluations=job.evaluations,
+        budget_seconds=3600.0,
+        seed=job.seed,
+        own_solvers=False,
+    )
+
+
 def times_of(solver: str) -> Callable[[Job], ef.Plan]:
     def found(job: Job) -> ef.Plan:
         return search_times(
@@ -97,6 +109,7 @@ METHODS: dict[str, Callable[[Job], ef.Plan]] = {
     "hand-made, best of the framework": best_hand_made,
     "auto, no statistics": bare(default),
     "auto": default,
+    "S3, the framework alone": framework,
     "S3": s3,
     "AutoDiffusion times of dpm-solver++2m": times_of("dpm-solver++2m"),
     "AutoDiffusion times of auto": times_of("auto"),
@@ -159,6 +172,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=256)
     parser.add_argument("--fresh", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", help="names in the table; all unless given")
     parser.add_argument("--blocks", action="store_true")
     options = parser.parse_args()
     if options.blocks:
@@ -174,6 +188,8 @@ def main() -> None:
         for nfe in options.nfe:
             job = Job(denoiser, nfe, known, options.evaluations, options.seed)
             for method, make in METHODS.items():
+                if options.methods and method not in options.methods:
+                    continue
                 began = time.perf_counter()
                 plan = make(job)
                 seconds = time.perf_counter() - began

@@ -43,13 +43,14 @@ def search_solvers(
     budget_seconds: float = 60.0,
     progress: bool = False,
     objective: Objective = mean_error,
+    own_solvers: bool = True,
 ) -> Plan:
     """The best sampler of at most `nfe` calls whose every step is chosen by itself.
 
     Stage 0 measures hand-made samplers; then, in turn, a predictor is fitted to rank what has been
     measured, the best are mutated, and those of the children that it ranks best are measured. What
     is returned is the best on a quarter of the references that the search does not see, where it
-    is never worse than the best hand-made sampler, the library's default among them.
+    is never worse than the best hand-made sampler.
 
     Args:
         references: of this denoiser, by `ebbflow.tuning.references`; where it has no statistics,
@@ -57,6 +58,8 @@ def search_solvers(
         evaluations: denoiser calls a sample, at most; budget_seconds: of wall time. The same seed
             and number of evaluations give the same plan, as long as the time suffices.
         objective: of samples and references; the mean distance unless given.
+        own_solvers: whether the library's own solvers, whose parameters and nodes are searched too,
+            are candidates beside those of the framework.
 
     The plan's origin has the search, its seed, what was spent, the errors of the best hand-made
     sampler and of this one (held out), "history", the least error after each stage, and "kendall",
@@ -81,7 +84,7 @@ def search_solvers(
     history: list[float] = []
     with trial.progress("searching solvers", progress):
         seeds = [space.candidate(made) for made in hand_made(denoiser, nfe)]
-        for candidate in (*space.defaults, *seeds):
+        for candidate in [*(space.defaults if own_solvers else ()), *seeds]:
             if not measure(candidate):
                 break
         before = trial.best(1)[0]

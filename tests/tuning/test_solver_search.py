@@ -160,8 +160,9 @@ def test_the_canonical_form_is_the_same_sampler_and_mutants_are_allowed(schedule
 def test_other_objectives_are_searched(problem) -> None:
     denoiser, noise = problem
     plan = search_solvers(
-        denoiser, 3, references=noise, evaluations=200, objective=energy, budget_seconds=600
+        denoiser, 3, references=noise, evaluations=200, objective=energy, own_solvers=False
     )
+    assert plan.origin["solver"] == "unified"
     assert plan.origin["objective"] == "energy"
     worst = ef.solvers.get("ddim").plan(denoiser.schedule, 3)
     found, coarse = (energy(run(denoiser, p, noise), noise) for p in (plan, worst))
