@@ -73,8 +73,8 @@ def skippable(
 ) -> tuple[str, ...]:
     """Names of the modules inside a denoiser that may be skipped, in order, none inside another.
 
-    Those are the outermost modules made of modules that one call (x a batch of states) runs once,
-    and whose output has the shape of their first input. kinds: look at modules of these classes
+    Those are the outermost modules made of modules that one call (x a batch of states) runs, and
+    whose output has the shape of their first input. kinds: look at modules of these classes
     only, be they made of others or not.
     """
     calls: dict[str, list[bool]] = {}
@@ -100,7 +100,8 @@ def skippable(
             hook.remove()
     found: list[str] = []
     for name in inside:  # parents come before their children
-        if calls.get(name) == [True] and not any(name.startswith(f"{f}.") for f in found):
+        seen = calls.get(name)
+        if seen and all(seen) and not any(name.startswith(f"{f}.") for f in found):
             found.append(name)
     return tuple(found)
 

@@ -227,6 +227,25 @@ def test_the_nearest_time_decides_also_within_a_batch(unet, x) -> None:
     assert Skipping(unet, names, (0.5,), [set()]).statistics is unet.statistics
 
 
+@torch.no_grad()
+def test_blocks_are_skipped_inside_guidance_too(x) -> None:
+    """The guided network without a block is the guidance of the network without it."""
+    net = UNet(channels=1, size=8, width=8, multipliers=(1, 2), attention=(4,), classes=3, head=8)
+    for parameter in net.parameters():
+        parameter.add_(0.15 * torch.randn(parameter.shape, generator=torch.manual_seed(0)))
+    model = ef.Denoiser(net, ef.schedules.Cosine(), prediction="v", shape=(1, 8, 8)).eval()
+    label = torch.tensor([0, 1, 2])
+    guided = ef.guidance.ClassifierFree(model, 2.0, {"label": 3})
+    names = skippable(guided, x, label=label)
+    assert names == tuple(f"net.{name}" for name in skippable(model, x, label=label))
+    skipped = Skipping(guided, names, (0.5,), [{1, 2}])
+    part = without(model, [names[i].removeprefix("net.") for i in (1, 2)])
+    by_hand = ef.guidance.ClassifierFree(part, 2.0, {"label": 3})  # pyright: ignore
+    assert torch.equal(skipped(x, 0.4, label=label), by_hand(x, 0.4, label=label))
+    assert not torch.allclose(skipped(x, 0.4, label=label), guided(x, 0.4, label=label), atol=1e-3)
+    assert skipped.passes(0.4) == 2
+
+
 def test_modules_share_their_weights_and_names_are_checked(unet, x) -> None:
     names = skippable(unet, x)
     part = without(unet, [names[0]])
