@@ -163,12 +163,8 @@ class GaussianResidual(Solver):
             values, wanted = ((x - known[-1]) / span for x in (known, at))
             return torch.linalg.solve(values**powers, wanted**powers)
         return torch.linalg.solve(
-            self._kernel(known[:, None] - known), self._kernel(known[:, None] - at)
+            matern(known[:, None] - known, self.length), matern(known[:, None] - at, self.length)
         )
-
-    def _kernel(self, distance: Tensor) -> Tensor:
-        a = math.sqrt(7) / self.length * distance.abs()
-        return (1 + a + 0.4 * a**2 + a**3 / 15) * torch.exp(-a)
 
     def _first(self, variance: Tensor, start: float, end: float, steps: int) -> float:
         """lambda of the first call: two thirds into the first step, as the clock goes."""
@@ -198,6 +194,12 @@ class GaussianResidual(Solver):
         return lambda_, torch.cat(
             [density.new_zeros(1), torch.cumulative_trapezoid(density, lambda_)]
         )
+
+
+def matern(distance: Tensor, length: float | Tensor) -> Tensor:
+    """The Matérn 7/2 covariance of a process of variance 1."""
+    a = math.sqrt(7) / length * distance.abs()
+    return (1 + a + 0.4 * a**2 + a**3 / 15) * torch.exp(-a)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch import Tensor
 from ebbflow.bases import Basis
 from ebbflow.plan import Plan, Row, Stage
 from ebbflow.schedules import Betas, Schedule
+from ebbflow.tuning.quadrature import FAR, quadrature
 
-FAR = 14.0  # e-folds of s beyond which a call would say nothing, or an integral has converged
 JITTER = 1e-6
 TIE = 1e-9  # times closer than this are one time
 PANELS = 4
@@ -199,41 +198,10 @@ class ResidualForm:
         return self.offset + self._quadrature(parameters, lambda_) + learned
 
     def _quadrature(self, parameters: Parameters, lambda_: Tensor) -> Tensor:
-        """C if rho is a decay `(s²/(L+s²))^(a/2) (L/(L+s²))^(b/2)` times a Matérn 7/2 process."""
         L = self.axes.variance
-        flat = L.flatten()
-        length, (a, b) = parameters.length.exp(), parameters.decay
-
-        def decay(lambda_: Tensor) -> Tensor:
-            square = torch.exp(2 * lambda_)[:, None]
-            return torch.exp(
-                0.5
-                * (a * torch.log(square / (flat + square)) + b * torch.log(flat / (flat + square)))
-            )
-
-        n = self.nfe
-        start, end = _levels(self.schedule, [self.start, self.end]).tolist()
-        now = lambda_.tolist()
-        begin = torch.cat([lambda_.new_tensor([min(start, now[0] + FAR)]), lambda_])
-        stop = torch.cat([lambda_, lambda_.new_tensor([max(end, now[-1] - FAR)])])
-        # Interval i ends at call i, its integrand given the calls before; the first, above call 0,
-        # is given that call alone.
-        known = torch.tril(torch.ones(n + 1, n, dtype=torch.bool), -1)
-        known[0, 0] = True
-        x, by = _nodes(begin, stop)
-        both = known[:, :, None] & known[:, None, :]
-        one = torch.eye(n, dtype=torch.float64)
-        kernel = torch.where(both, _matern(lambda_[:, None] - lambda_, length), 0 * one)
-        across = _matern(lambda_[:, None] - x[:, None, :], length) * known[:, :, None]
-        jitter = torch.where(known, JITTER, 1.0)[:, :, None] * one
-        interpolant = torch.linalg.solve(kernel + jitter, across)
-        flat_x = x.flatten()
-        density = decay(flat_x) / (flat + torch.exp(2 * flat_x)[:, None]).sqrt()
-        density = by[:, :, None] * density.reshape(*x.shape, len(flat))
-        added = -(interpolant @ density) / decay(lambda_)
-        rows = torch.cumsum(added, 0)
-        none = torch.zeros_like(rows[:1])
-        return torch.cat([none, rows[1:]]).reshape(n + 1, n, *L.shape)
+        ends = _levels(self.schedule, [self.start, self.end])
+        C = quadrature(lambda_, ends, L.flatten(), parameters.length.exp(), parameters.decay)
+        return C.reshape(*C.shape[:2], *L.shape)
 
     def plan(self, parameters: Parameters) -> Plan:
         """The plan at these parameters; its coefficients are tensors and carry their gradients.
@@ -310,27 +278,6 @@ def limits(schedule: Schedule, variance: Tensor) -> tuple[float, float]:
 
 def _levels(schedule: Schedule, times: list[float]) -> Tensor:
     return -schedule.log_snr(torch.tensor(times, dtype=torch.float64)) / 2
-
-
-def _matern(distance: Tensor, length: Tensor) -> Tensor:
-    a = math.sqrt(7) / length * distance.abs()
-    return (1 + a + 0.4 * a**2 + a**3 / 15) * torch.exp(-a)
-
-
-def _nodes(begin: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 32) Gauss-Legendre nodes and weights on the intervals: 4 panels of 8."""
-    x, weights = _rule()
-    width = (stop - begin)[:, None]
-    return begin[:, None] + width * x, width * weights
-
-
-@cache
-def _rule() -> tuple[Tensor, Tensor]:
-    from numpy.polynomial.legendre import leggauss
-
-    x, weights = (torch.from_numpy(part) for part in leggauss(8))
-    edges = torch.arange(PANELS, dtype=torch.float64)[:, None]
-    return ((edges + 0.5 + x / 2) / PANELS).flatten(), (weights / 2 / PANELS).repeat(PANELS)
 
 
 def _name(plan: Plan) -> str:

@@ -229,7 +229,8 @@ def test_a_plan_as_the_scheduler_of_a_folder(diffusers: Any, tmp_path: Path) -> 
 
 
 def test_the_example_of_the_package(diffusers: Any, transformers: Any) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", ef.interop.diffusers.__doc__, re.DOTALL)
+    code, other = re.findall(r"```python\n(.*?)```", ef.interop.diffusers.__doc__, re.DOTALL)
+    assert "Scheduler(plan)" in other  # tests/interop/test_scheduler.py
     pipe = tiny.stable_diffusion(diffusers, transformers, ddim(diffusers))
     names = {"ef": ef, "pipeline": pipe, "noise": tiny.normal(2, 4, 8, 8)}
     exec(code, names)

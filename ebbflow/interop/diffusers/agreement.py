@@ -43,12 +43,11 @@ def facts_of(plan: Plan, like: Any, prediction_type: str | None) -> Facts:
             f"plan.times run from {plan.times[0]:g} to {plan.times[-1]:g}, towards noise; "
             "pipelines start from noise"
         )
-    words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    if like is None and prediction_type is None:
-        # A schedule that was read from a scheduler knows, and so does a plan that was tuned.
+    if like is None:  # a schedule that was read from a scheduler knows
         like = plan.schedule.__dict__.get("facts")
-        tuned_for = plan.origin.get("model", {}).get("prediction")
-        prediction_type = words.get(tuned_for) if like is None else None
+    words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if like is None and prediction_type is None:  # and so does a plan that was tuned
+        prediction_type = words.get(plan.origin.get("model", {}).get("prediction"))
     facts = _usual(plan.schedule, prediction_type) if like is None else _known(like)
     _require_same(facts.schedule, plan.schedule)
     if prediction_type is not None and PREDICTIONS.get(prediction_type) != facts.prediction:

@@ -124,8 +124,9 @@ def schedule_of(scheduler: Any) -> Facts:
     where there is no signal (`rescale_betas_zero_snr` with "epsilon").
     """
     facts = getattr(scheduler, "facts", None)
-    if not isinstance(facts, Facts):
-        facts = _facts(scheduler)
+    if isinstance(facts, Facts):
+        return facts
+    facts = _facts(scheduler)
     object.__setattr__(facts.schedule, "facts", facts)
     return facts
 
