@@ -52,7 +52,10 @@ def test_every_command_in_the_readme_parses(command: str) -> None:
     assert isinstance(tyro.cli(options, args=arguments), options)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=("model", "solvers", "oracle"))
+PYTHON = ("model", "solvers", "tune", "diffusers", "oracle")
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"), ids=PYTHON)
 def test_the_readme_s_python_runs(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

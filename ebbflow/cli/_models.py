@@ -23,13 +23,24 @@ def config_of(name: str) -> dict[str, Any]:
     Under `details` it may have `class_names`, `training_command`, `data`, `license`, and `sampling`
     with the `solver`, `steps` and `guidance` that suit the model.
     """
+    if name == ORACLE:
+        return {}
+    return json.loads((_folder(name) / "config.json").read_text(encoding="utf-8"))
+
+
+def _folder(name: str) -> Path:
     from ebbflow.folders import BUNDLED
     from ebbflow.storage import bundled
 
-    if name == ORACLE:
-        return {}
-    folder = BUNDLED / name if name in bundled() else Path(name)
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return BUNDLED / name if name in bundled() else Path(name)
+
+
+def plan_of(model: str, plan: Path) -> Plan:
+    """The plan in a file, or by its name the one in the model's folder."""
+    from ebbflow.plan import Plan
+
+    own = _folder(model) / f"{plan.name}.json"
+    return Plan.load(own if plan.name == str(plan) and own.is_file() else plan)
 
 
 def open_model(name: str, device: torch.device) -> Denoiser:

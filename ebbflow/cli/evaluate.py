@@ -54,9 +54,13 @@ class Options:
     allow_few: bool = False
     """Accept fewer pictures than features, where the Fréchet distance is mostly bias."""
     solver: str | None = None
-    """As in `ebbflow sample`, for a model; so are the next two."""
+    """As in `ebbflow sample`, for a model; so are the next four."""
     steps: int | None = None
     """Steps of the solver."""
+    nfe: int | None = None
+    """Budget of denoiser calls, in place of --steps."""
+    plan: Path | None = None
+    """A plan that `ebbflow tune` made, in place of a solver."""
     guidance: float | None = None
     """Scale of classifier-free guidance."""
     seed: int = 0
@@ -141,6 +145,8 @@ def _draw(options: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
         model=str(options.model),
         solver=options.solver,
         steps=options.steps,
+        nfe=options.nfe,
+        plan=options.plan,
         guidance=options.guidance,
         seed=options.seed,
         batch=options.batch,

@@ -6,6 +6,7 @@ Examples:
   ebbflow sample --solver heun --steps 40            another solver, more steps
   ebbflow sample --count 50000 --out pictures        single pictures; resumes where it stopped
   ebbflow sample --model models/mine --out grid.png  a model that you trained
+  ebbflow sample --plan plan.json                    a plan that `ebbflow tune` made
   ebbflow sample --model oracle                      a law that is known in closed form
 
 Sample i depends on the seed and on i alone: an interrupted run, and any number of processes, end
@@ -52,7 +53,8 @@ class Options:
     tolerance: float | None = None
     """Of solvers that choose their own steps, such as dormand-prince."""
     plan: Path | None = None
-    """A plan that `ebbflow tune` made, in place of --solver, --steps, --nfe and --tolerance."""
+    """A plan that `ebbflow tune` made, in place of --solver, --steps, --nfe and --tolerance: a
+    file, or the name of one in the model's folder (`plan-6` of the model in the package)."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; without it, the model's own choice."""
     seed: int = 0
@@ -112,10 +114,9 @@ def prepare(options: Options) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that the options ask for, and what identifies it, as JSON values."""
     from ebbflow.cli import _models
     from ebbflow.cli._draw import Recipe
-    from ebbflow.plan import Plan
 
     device = pick_device(options.device)
-    loaded = None if options.plan is None else Plan.load(options.plan)
+    loaded = None if options.plan is None else _models.plan_of(options.model, options.plan)
     guidance = options.guidance
     if guidance is None:
         guidance = _models.guidance_of(options.model, loaded)

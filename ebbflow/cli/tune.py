@@ -5,6 +5,7 @@ Examples:
   ebbflow tune --model models/mine --budget 900   a model that you trained, 15 minutes
   ebbflow tune --guidance 2 --classes 3 5         under guidance, two classes
   ebbflow tune --start unipc-b2-3 --nfe 10        from a solver of your choice
+  ebbflow tune --method times --start ddim        a search over the times of ddim
   ebbflow sample --plan plan.json                 and use it
 
 The same command goes on where it was stopped. The plan is a JSON file that says which model it
@@ -16,11 +17,16 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ebbflow.cli._shared import pick_device, print_json, print_table
+
+if TYPE_CHECKING:
+    from ebbflow.denoiser import Denoiser
+    from ebbflow.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,12 @@ class Options:
     """Classes to tune for, given to the samples in turn; without it, all."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; without it, the model's own choice."""
+    method: Literal["learned", "times", "solvers"] = "learned"
+    """learned: gradient descent on times and coefficients; times: an evolutionary search over the
+    times of one solver; solvers: a search over the solver of every step."""
     start: str = "auto"
-    """The solver to start from; auto is the best of a few for this model."""
+    """The solver to start from, or whose times are searched; with learned, auto is the best of a
+    few for this model."""
     budget: float = 300.0
     """Seconds for everything; about a fourth goes into the model's converged samples."""
     evaluations: float | None = None
@@ -66,33 +76,85 @@ def run(options: Options) -> None:
         guidance = _models.guidance_of(options.model)
     denoiser, classes = _models.guided(options.model, device, options.classes, guidance)
     condition: dict[str, Any] = {"label": torch.tensor(classes, device=device)} if classes else {}
-    plan = tune(
-        denoiser,
-        options.nfe,
-        start=options.start,
-        seed=options.seed,
-        budget_seconds=options.budget,
-        budget_evaluations=options.evaluations,
-        samples=options.samples,
-        command=_command(options),
-        resume=options.out.with_name(f".{options.out.stem}.tuning.safetensors"),
-        progress=True,
-        **condition,
-    )
+    if options.method == "learned":
+        plan = tune(
+            denoiser,
+            options.nfe,
+            start=options.start,
+            seed=options.seed,
+            budget_seconds=options.budget,
+            budget_evaluations=options.evaluations,
+            samples=options.samples,
+            command=_command(options),
+            resume=options.out.with_name(f".{options.out.stem}.tuning.safetensors"),
+            progress=True,
+            **condition,
+        )
+    else:
+        plan = _search(options, denoiser, condition)
     plan.save(options.out)
     seconds = round(time.perf_counter() - began, 1)
-    figures = plan.origin["held out"]
     if options.json:
         print_json({"out": str(options.out), "seconds": seconds, **plan.origin})
         return
-    rows = [(name, *(f"{v:.4f}" for v in found.values())) for name, found in figures.items()]
-    train, held_out = plan.origin["samples"]
+    if options.method == "learned":
+        _table(plan)
+        what = f"tuned on {plan.origin['samples'][0]} samples"
+    else:
+        before, after = plan.origin["error_before"], plan.origin["error_after"]
+        what = f"error {after:.4f}, {before:.4f} before, on samples held out"
+    print(
+        f"{options.out}: {what}, {plan.origin['evaluations']:.0f} evaluations, {seconds:.0f} s; "
+        f"use it with `ebbflow sample --plan {shlex.quote(str(options.out))}`"
+    )
+
+
+def _table(plan: Plan) -> None:
+    rows = [
+        (name, *(f"{value:.4f}" for value in found.values()))
+        for name, found in plan.origin["held out"].items()
+    ]
+    held_out = plan.origin["samples"][1]
     title = f"{plan.nfe} calls, {held_out} samples held out, errors in deviations of the samples"
     print_table(["plan", "mean", "root mean square", "median"], rows, title)
-    print(
-        f"{options.out}: tuned on {train} samples, {plan.origin['evaluations']} evaluations, "
-        f"{seconds:.0f} s; use it with `ebbflow sample --plan {shlex.quote(str(options.out))}`"
+
+
+def _search(options: Options, denoiser: Denoiser, condition: Mapping[str, Any]) -> Plan:
+    """By one of the searches; half of the budget may go into the converged samples."""
+    from ebbflow.tuning import references, search_solvers, search_times
+    from ebbflow.tuning.budget import Budget
+
+    if options.method == "solvers" and options.start != "auto":
+        raise ValueError(f"--method solvers searches over solvers: leave --start {options.start}")
+    budget = Budget(options.budget, options.evaluations)
+    known = references(
+        denoiser,
+        count=options.samples or 128,
+        seed=options.seed,
+        condition=condition,
+        most=64,
+        seconds=options.budget / 2,
+        progress=True,
     )
+    evaluations = None
+    if options.evaluations is not None:
+        evaluations = (options.evaluations - known.evaluations) / len(known)
+        if evaluations < 2 * options.nfe:
+            least = known.evaluations + 2 * options.nfe * len(known)
+            raise ValueError(f"--evaluations {options.evaluations:g}: give at least {least:.0f}")
+    shared: dict[str, Any] = {
+        "references": known,
+        "seed": options.seed,
+        "evaluations": evaluations,
+        "budget_seconds": max(1.0, options.budget - budget.passed),
+        "progress": True,
+    }
+    if options.method == "solvers":
+        plan = search_solvers(denoiser, options.nfe, **shared)
+    else:
+        plan = search_times(denoiser, options.nfe, solver=options.start, **shared)
+    spent = plan.origin["evaluations"] * len(known) + known.evaluations
+    return replace(plan, origin={**plan.origin, "evaluations": spent, "command": _command(options)})
 
 
 def _command(options: Options) -> str:

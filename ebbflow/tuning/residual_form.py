@@ -214,7 +214,7 @@ class ResidualForm:
             return Plan(self.schedule, self.start, stages, {}, self.axes.basis)
 
         def numbers(row: Row) -> Row:
-            return {name: float(value) for name, value in row.items()}
+            return {name: float(value) for name, value in row.items() if bool(value)}
 
         plain = (
             Stage(stage.time, numbers(stage.query), tuple(map(numbers, stage.update)), stage.node)

@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import pytest
 
+import ebbflow as ef
 from ebbflow.cli import main
 
 TUNE = ["tune", "--model", "oracle", "--nfe", "4", "--evaluations", "30000"]
@@ -33,6 +35,17 @@ def test_a_table_says_how_well_it_did(tmp_path, capsys):
     assert main([*TUNE[:5], *arguments]) == 0
     text = capsys.readouterr().out
     assert "tuned" in text and "dpm-solver++2m" in text and "--plan" in text
+
+
+@pytest.mark.parametrize("method", ["times", "solvers"])
+def test_searches_by_the_same_verb(tmp_path, capsys, method):
+    out = tmp_path / "plan.json"
+    arguments = ["--method", method, "--evaluations", "20000", "--samples", "64"]
+    assert main([*TUNE[:5], *arguments, "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["error_after"] <= report["error_before"]
+    assert report["evaluations"] <= 20000
+    assert ef.Plan.load(out).nfe <= 4
 
 
 def refuses(arguments, *words, capsys):
