@@ -2,7 +2,6 @@
 
     python -m benchmarks.tuning                     three laws, three settings, 5 6 8 10 calls
     python -m benchmarks.tuning --seed 7 --budget 60 --evaluations 5
-    python -m benchmarks.tuning fashion             the bundled model and its plan of 6 calls
 
 Errors are to converged samples of the noise that `ef.sample` draws, which tuning never sees, in
 deviations of the data. The grid of 2M is chosen on the very samples that are scored.
@@ -39,8 +38,6 @@ GRIDS: dict[str, Callable[..., tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    what: tyro.conf.Positional[str] = "laws"
-    """laws, or fashion: the bundled model."""
     seed: int = 101
     """Of the laws."""
     evaluations: tuple[int, ...] = (5, 6, 8, 10)
@@ -49,8 +46,6 @@ class Options:
     """Seconds of tuning, the converged samples included."""
     settings: tuple[str, ...] = tuple(SETTINGS)
     """Schedules."""
-    plan: str = ""
-    """Of fashion: a plan's file; the one in the package unless given."""
 
 
 def laws(seed: int) -> dict[str, Law]:
@@ -85,7 +80,7 @@ def errors(denoiser: ef.Denoiser, plan: ef.Plan, exact: Tensor, deviation: float
     return (found - exact).flatten(1).square().mean(1).sqrt() / deviation
 
 
-def on_laws(options: Options) -> None:
+def run(options: Options) -> None:
     torch.set_default_dtype(torch.float64)
     rows, ratios = [], {n: ([], []) for n in options.evaluations}
     for name, law in laws(options.seed).items():
@@ -128,10 +123,5 @@ def on_laws(options: Options) -> None:
         )
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    on_laws(options)
-
-
 if __name__ == "__main__":
-    main()
+    run(tyro.cli(Options, description=__doc__))

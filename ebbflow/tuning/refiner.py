@@ -22,6 +22,7 @@ from ebbflow.progress import bar
 from ebbflow.schedules import along
 from ebbflow.solvers.stepping import cut
 from ebbflow.solvers.straight import span
+from ebbflow.tuning.cost import operations
 
 SMALLEST = 0.005
 """The least tau of training: at tau = 0 there is no noise, and the network has no velocity."""
@@ -97,20 +98,11 @@ def cost_share(
     shape: (B, *shape). Counted by torch in matrix products and convolutions, which oracles lack.
     Raises ValueError where the denoiser has none.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     x = torch.zeros(tuple(shape))
-    counts = []
-    for call in (
-        lambda: refiner(x, x, 0.5, **condition),
-        lambda: denoiser(x, 0.5, **condition),
-    ):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call()
-        counts.append(counter.get_total_flops())
-    if not counts[1]:
+    whole = operations(lambda: denoiser(x, 0.5, **condition))
+    if not whole:
         raise ValueError("the denoiser multiplies no matrices: compare costs by other means")
-    return counts[0] / counts[1]
+    return operations(lambda: refiner(x, x, 0.5, **condition)) / whole
 
 
 def velocity(denoiser: Denoiser, y: Tensor, tau: Tensor, **condition: Any) -> Tensor:

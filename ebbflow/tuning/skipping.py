@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper
 from ebbflow.plan import Plan
 from ebbflow.schedules import TimeLike, as_time
+from ebbflow.tuning.cost import operations
 from ebbflow.tuning.evaluation import Objective, Trial, mean_error
 from ebbflow.tuning.evolution import STANDARD, Evolution, Variation, evolve
 from ebbflow.tuning.references import References
@@ -211,13 +212,10 @@ def shares(
 ) -> tuple[float, ...]:
     """The share of one call's multiplications and additions that each block takes, as torch counts
     them (matrix products, convolutions and attention)."""
-    from torch.utils.flop_counter import FlopCounterMode
 
     def count(skip: Collection[int]) -> int:
         one, extra = variant(denoiser, blocks, skip)
-        with FlopCounterMode(display=False) as counter:
-            one(x, t, **condition, **extra)
-        return counter.get_total_flops()
+        return operations(lambda: one(x, t, **condition, **extra))
 
     full = count(())
     if not full:

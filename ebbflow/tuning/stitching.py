@@ -19,6 +19,7 @@ from ebbflow.sampling import sample
 from ebbflow.schedules import Schedule, TimeLike, along, as_time
 from ebbflow.solvers.stepping import Walk
 from ebbflow.statistics import Statistics
+from ebbflow.tuning.cost import operations
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """`distance(stitched, pure) -> (B,)`, or () for a figure of all samples together."""
@@ -152,13 +153,9 @@ class _Gaussian:
 
 
 def flops(denoiser: Denoiser, x: Tensor, t: float = 0.5, **condition: Any) -> float:
-    """Multiplications and additions of one network pass a sample: matrix products, convolutions
-    and attention, as torch counts them. x: (B, *shape), of any values."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser(x, t, **condition)
-    return counter.get_total_flops() / len(x) / max(denoiser.passes(t), 1)
+    """`operations` of one network pass a sample. x: (B, *shape), of any values."""
+    counted = operations(lambda: denoiser(x, t, **condition))
+    return counted / len(x) / max(denoiser.passes(t), 1)
 
 
 @dataclass(frozen=True)
