@@ -15,7 +15,6 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.finite import NonFinite
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
-from ebbflow.statistics import Statistics
 from ebbflow.tuning.identity import identity
 from ebbflow.tuning.references import References
 
@@ -50,20 +49,6 @@ def frechet(samples: Tensor, references: References) -> float:
 
     found = references.features(samples).flatten(1)
     return frechet_distance(found, Moments.of(references.end.flatten(1)))
-
-
-def statistics_of(denoiser: Denoiser, references: References) -> Statistics | None:
-    """What a solver may be told of the law: the denoiser's own statistics or, without, those of the
-    converged samples; None where these are too few."""
-    known = denoiser.statistics
-    known = None if known is None else known.given(**references.condition)
-    if known is not None and known.axes is not None:
-        return known
-    samples = references.samples.double().cpu()
-    if samples.ndim == 4:
-        return Statistics.from_data(samples, kind="cosine")
-    enough = len(samples) >= 4 * samples[0].numel()
-    return Statistics.from_data(samples, kind="exact") if enough else None
 
 
 class Trial:

@@ -13,8 +13,8 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.grids import Times
 from ebbflow.plan import Plan
 from ebbflow.solvers import Solver
-from ebbflow.tuning.evaluation import Objective, Trial, mean_error, statistics_of
-from ebbflow.tuning.references import References
+from ebbflow.tuning.evaluation import Objective, Trial, mean_error
+from ebbflow.tuning.references import References, statistics_of
 
 Gene = TypeVar("Gene", bound=Hashable)
 FINALISTS = 8

@@ -18,6 +18,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.solvers import Solver
+from ebbflow.statistics import Statistics
 from ebbflow.tuning.budget import Budget
 from ebbflow.tuning.fit import GRADIENT, Fit, score
 from ebbflow.tuning.identity import identity
@@ -26,13 +27,14 @@ from ebbflow.tuning.references import (
     References,
     conditions_in_turn,
     references,
+    statistics_of,
     themselves,
 )
 from ebbflow.tuning.residual_form import Axes, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 SAVE_EVERY = 20.0  # seconds
-STARTS = ("auto", "dpm-solver++2m", "unipc-b2-2")
+STARTS = ("auto", "dpm-solver++2m", "unipc-b2-3")
 
 
 def tune(
@@ -55,7 +57,8 @@ def tune(
 
     The times of the calls and all coefficients move, in coordinates without units (`ResidualForm`),
     by gradient descent through the sampler on the distance to the model's own converged samples of
-    the same noise. Noise that was held out decides which plan is kept; the start is kept where
+    the same noise. Where the model has no statistics, those samples give them, if they share one
+    condition. Noise that was held out decides which plan is kept; the start is kept where
     nothing does better on it. `origin` says what was tuned on which model, and the errors.
 
     Args:
@@ -96,7 +99,7 @@ def tune(
     saved = Saved.read(resume, request)
     if saved is None:
         total = budget.total(denoiser, shape, condition)
-        count = samples or max(24, min(512, int(total / 4 / 48)))
+        count = samples or max(24, min(1200, int(total / 4 / 48)))
         most = 2 ** max(5, min(9, int(math.log2(total / 4 / count + 16)) - 1))
         seconds = budget_seconds / 3 if budget_evaluations is None else math.inf
         found = references(
@@ -119,11 +122,12 @@ def tune(
         batch = int(saved.numbers["batch"])
         budget.spend(saved.numbers["evaluations"], saved.numbers["seconds"])
     held_out, train = found.split(max(1, len(found) // 3))
-    candidates = list(_starts(denoiser, start, nfe, condition))
+    statistics = statistics_of(denoiser, train)
+    candidates = list(_starts(denoiser, start, nfe, statistics))
     chosen = min(candidates, key=lambda plan: score(denoiser, plan, train))
     if saved is None:
         budget.spend(len(candidates) * len(train) * nfe)
-    form = ResidualForm.of(chosen, axes(denoiser, chosen, train, condition))
+    form = ResidualForm.of(chosen, axes(chosen, train, statistics))
     fit = Fit(form, denoiser, train, held_out, batch, seed, saved)
     with bar("fitting", 100, progress) as advance:
         shown, written = 0, -math.inf
@@ -203,29 +207,27 @@ def _figures(errors: Tensor) -> dict[str, float]:
 
 
 def _starts(
-    denoiser: Denoiser, start: str | Solver | Plan, nfe: int, condition: Mapping[str, Any]
+    denoiser: Denoiser, start: str | Solver | Plan, nfe: int, statistics: Statistics | None
 ) -> Iterator[Plan]:
     if isinstance(start, Plan):
         yield start
         return
-    known = denoiser.statistics
-    statistics = None if known is None else known.given(**condition)
-    for name in STARTS if start == "auto" else (start,):
-        solver = solvers.get(name) if isinstance(name, str) else name
+    asked = [solvers.get(s) if isinstance(s, str) else s for s in _names(start, statistics)]
+    for solver in asked:
         plan = solver.largest(denoiser.schedule, nfe, statistics)
         if not isinstance(plan, Plan):
-            raise ValueError(f"{solver.name} is no plan: tune one that is, such as unipc-b2-2")
+            raise ValueError(f"{solver.name} is no plan: tune one that is, such as unipc-b2-3")
         yield plan
 
 
-def axes(denoiser: Denoiser, plan: Plan, found: References, condition: Mapping[str, Any]) -> Axes:
-    """Coordinates to tune in: those of the statistics of the law, else one variance for all.
+def _names(start: str | Solver, statistics: Statistics | None) -> tuple[str | Solver, ...]:
+    if start != "auto":
+        return (start,)
+    return STARTS if statistics is None else ("gaussian-residual", *STARTS)
 
-    Statistics of a mixture of conditions would be wrong for each of them, and cost more than they
-    give.
-    """
-    known = denoiser.statistics
-    statistics = None if known is None else known.given(**condition)
+
+def axes(plan: Plan, found: References, statistics: Statistics | None) -> Axes:
+    """Coordinates to tune in: those of the law's statistics, else one variance for all."""
     basis = None if statistics is None else statistics.axes
     if plan.basis is not None and plan.basis != basis:
         raise ValueError("start has coordinates of its own: tune it on the model of its statistics")

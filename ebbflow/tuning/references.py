@@ -16,6 +16,7 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.solvers.stepping import Walk, cut
+from ebbflow.statistics import Statistics
 
 SOLVER = "unipc-b2-3"
 STREAM = 4
@@ -177,3 +178,23 @@ def conditions_in_turn(condition: Mapping[str, Any], count: int) -> dict[str, An
         return value
 
     return {name: turned(value) for name, value in condition.items()}
+
+
+def statistics_of(denoiser: Denoiser, found: References) -> Statistics | None:
+    """Of the law that the samples have in common: the denoiser's own, else those of the samples.
+
+    None for samples of different conditions, whose pooled statistics would be wrong for each of
+    them, and for too few samples (four a coordinate, unless they are images).
+    """
+    known = denoiser.statistics
+    known = None if known is None else known.given(**found.condition)
+    if known is not None and known.axes is not None:
+        return known
+    rows = [v for v in found.condition.values() if isinstance(v, Tensor) and v.ndim]
+    if any(bool((v != v[:1]).any()) for v in rows):
+        return None
+    samples = found.samples.double().cpu()
+    if samples.ndim == 4:
+        return Statistics.from_data(samples, kind="cosine")
+    enough = len(samples) >= 4 * samples[0].numel()
+    return Statistics.from_data(samples, kind="exact") if enough else None

@@ -9,9 +9,9 @@ from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.schedules import Schedule
 from ebbflow.tuning.candidates import Candidate, Space, propose
-from ebbflow.tuning.evaluation import Objective, Trial, mean_error, statistics_of
+from ebbflow.tuning.evaluation import Objective, Trial, mean_error
 from ebbflow.tuning.predictor import Predictor, held_out_correlation
-from ebbflow.tuning.references import References
+from ebbflow.tuning.references import References, statistics_of
 from ebbflow.tuning.unified import Choices, choices
 
 SEEDS = (

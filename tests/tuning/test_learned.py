@@ -196,3 +196,21 @@ def test_refusals(denoiser):
 def test_references_can_be_shared(denoiser):
     """The same converged samples serve the searches and the fit."""
     assert isinstance(ef.tuning.references(denoiser, count=8, most=16), References)
+
+
+def test_a_model_without_statistics_learns_them_from_its_samples(denoiser):
+    """Only where all samples follow one law: a mixture of conditions would mislead."""
+    bare = copy.copy(denoiser)
+    bare.statistics = None
+    plan = ef.tune(bare, 4, budget_evaluations=40_000)
+    assert plan.origin["start"]["solver"] == "gaussian-residual" and plan.basis is not None
+
+    def net(x, t, label):
+        return denoiser.net(x, t) + 0 * label[:, None]
+
+    mixed = ef.Denoiser(net, denoiser.schedule, shape=(2,))
+    labels = torch.tensor([0.0, 1.0])
+    plan = ef.tune(mixed, 4, budget_evaluations=10_000, label=labels)
+    assert plan.basis is None
+    plan = ef.tune(mixed, 4, budget_evaluations=10_000, label=labels[:1])
+    assert plan.basis is not None

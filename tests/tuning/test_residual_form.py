@@ -52,7 +52,7 @@ def test_the_default_is_its_form_and_the_analytic_start_is_kept(schedule, float6
     denoiser = law().denoiser(schedule, statistics=True)
     plan = ef.solvers.get("auto").plan(schedule, 6, statistics=denoiser.statistics)
     found = references(denoiser, count=8, most=16)
-    form = ResidualForm.of(plan, axes(denoiser, plan, found, {}))
+    form = ResidualForm.of(plan, axes(plan, found, denoiser.statistics))
     assert torch.allclose(form.gain, torch.ones_like(form.gain))
     assert form.shift.abs().max() < 1e-9
     ends = [p.run(denoiser, found.start) for p in (plan, form.plan(form.first))]
