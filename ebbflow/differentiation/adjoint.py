@@ -57,8 +57,8 @@ def backsolve(
     """Gradients of y0 and of the parameters by solving (y, a) from the last time to the first.
 
     At each output time y is reset to the forward solution and its cotangent joins a. The
-    parameters' gradient `∫ aᵀ ∂f/∂θ dt` is the method's own quadrature over accepted steps: it needs
-    no state, and no share in the error norm ("Hey, that's not an ODE", Kidger et al. 2021).
+    parameters' gradient `∫ aᵀ ∂f/∂θ dt` is the method's own quadrature over accepted steps: it
+    needs no state, and no share in the error norm ("Hey, that's not an ODE", Kidger et al. 2021).
     Raises RuntimeError where the backward solve does not arrive.
     """
     batch_dims = field.structure.batch_dims

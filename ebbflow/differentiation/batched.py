@@ -178,7 +178,7 @@ def _put(old: Tensor, rows: Tensor | None, mask: Tensor, new: Tensor) -> Tensor:
 def _outputs(step: Step, passage: Passage) -> list[Tensor]:
     out = []
     for _, theta, _ in passage.outputs:
-        if step.dense is None or bool((theta == 1.0).all()):
+        if step.dense is None or bool((torch.as_tensor(theta) == 1.0).all()):
             out.append(step.state[0])
         else:
             out.append(step.dense(theta))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def _march_grid(
     """Steps between consecutive nodes of a grid that contains every output time."""
     run = March([y0], method.start(f, times[0], y0))
     k = 1
-    for t, s in zip(grid, grid[1:], strict=False):
+    for t, s in pairwise(grid):
         step = method.step(f, t, s - t, run.state)
         run.state = step.state
         hit = k < len(times) and s == times[k]

@@ -62,10 +62,10 @@ def odeint(
     compact: bool = False,
     full: bool = False,
 ) -> Any:
-    """Solve `dy/dt = f(t, y)`, `y(t[0]) = y0`; returns y at every `t`, shape (len(t), *y0.shape).
+    """Solve `dy/dt = f(t, y)`, `y(t[0]) = y0`; returns y at each t, (len(t), *y0.shape).
 
-    State. `y0` is a tensor, or tuples, lists and dicts of tensors, at least float32; `t` is strictly
-    monotonic, either way. `batch_dims=0`: one state, one step size, t is a scalar tensor.
+    State. `y0` is a tensor, or tuples, lists and dicts of tensors, at least float32; `t` is
+    strictly monotonic, either way. `batch_dims=0`: one state, one step size, t is a scalar tensor.
     `batch_dims=1`: the first axis is a batch whose samples have their own step sizes and ends
     (t may be (T, B)); f receives t of shape (B, 1, …), and a sample's evaluations are counted while
     it is on its way. With `compact=True`, f is called as `f(t, y, rows)` with only those samples;
@@ -88,7 +88,7 @@ def odeint(
       state's memory, exact only as the tolerance goes to 0, and unstable where f contracts.
 
     Raises ValueError or TypeError for arguments out of range and for half precision.
-    Papers: On Neural Differential Equations (Kidger 2022), chapter 5; for each method see its class.
+    Paper: On Neural Differential Equations (Kidger 2022), chapter 5; a method's own in its class.
     """
     chosen = resolve(method, gradient)
     if batch_dims not in (0, 1):
@@ -99,7 +99,8 @@ def odeint(
         raise ValueError(f"rtol and atol must be ≥ 0 and not both 0, got {rtol} and {atol}")
     structure = Structure(y0, batch_dims)
     packed = structure.pack(y0)
-    given = torch.as_tensor(t)
+    # A list is read in float64, in which 0.8 is not 0.80000001.
+    given = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     times = _times(given, packed, batch_dims)
     grid = _grid(chosen, times, steps, step_size)
     control = Control(rtol, atol, max_steps, first_step, grid)
@@ -250,7 +251,8 @@ class OdeProblem:
             ahead = (times - run.end) * torch.sign(times[-1] - times[0]) > 0
             return torch.where(ahead, run.end, times)
         sign = 1.0 if times[-1] > times[0] else -1.0
-        return [run.end if (t - run.end) * sign > 0 else t for t in times]
+        end = float(run.end)
+        return [end if (t - end) * sign > 0 else t for t in times]
 
     def _last_cotangent(self, cotangents: Tensor) -> Tensor | None:
         """Outputs that were not reached repeat the last state, and so do their cotangents."""
@@ -265,9 +267,8 @@ class OdeProblem:
 def _times(t: Tensor, y0: Tensor, batch_dims: int) -> list[float] | Tensor:
     """Times as numbers, or as float64 (T, B) with a batch axis; strictly monotonic."""
     t = t.detach().double()
-    shapes = [(t.shape[0] if t.ndim else 0,)]
-    if batch_dims:
-        shapes.append((*shapes[0], y0.shape[0]))
+    length = t.shape[0] if t.ndim else 0
+    shapes = [(length,), (length, y0.shape[0])] if batch_dims else [(length,)]
     if t.ndim == 0 or tuple(t.shape) not in shapes:
         also = f" or (T, {y0.shape[0]})" if batch_dims else ""
         raise ValueError(f"t must have shape (T,){also}, got {tuple(t.shape)}")
@@ -302,7 +303,8 @@ def _grid(
             widest = float((s - t).abs().max()) if isinstance(t, Tensor) else abs(s - t)
             n = max(1, math.ceil(widest / step_size * (1 - 1e-12)))
         for j in range(n):
-            nodes.append(k + j / n if isinstance(t, Tensor) else t + (s - t) * (j / n))
+            place = k + j / n if isinstance(t, Tensor) else t + float(s - t) * (j / n)
+            nodes.append(place)
     nodes.append(float(len(times) - 1) if isinstance(times, Tensor) else times[-1])
     return tuple(nodes)
 
