@@ -22,14 +22,15 @@ Place = tuple[Any, int]
 def collect(*functions: Any) -> list[Tensor]:
     """Tensors with gradients in modules, closures, defaults, attributes and named globals."""
     found: dict[int, Tensor] = {}
-    seen: set[int] = set()
+    # Objects by id, kept alive so that no id is used twice.
+    seen: dict[int, Any] = {}
     for function in functions:
         for tensor in _tensors(function, seen, 0):
             found[id(tensor)] = tensor
     return list(found.values())
 
 
-def _tensors(thing: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
+def _tensors(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[Tensor]:
     if isinstance(thing, Tensor):
         if thing.requires_grad:
             yield thing
@@ -38,12 +39,13 @@ def _tensors(thing: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
         return
     if inspect.ismodule(thing) or id(thing) in seen or depth > 6:
         return
-    seen.add(id(thing))
+    seen[id(thing)] = thing
     parts: Iterable[Any] = ()
     if isinstance(thing, nn.Module):
         # Plain attributes too: a module may keep a context tensor that is no parameter.
         parts = [*thing.parameters(), *vars(thing).values()]
         parts += [vars(m) for m in thing.modules() if m is not thing]
+        parts += [type(m).forward for m in thing.modules()]
     elif isinstance(thing, dict):
         parts = thing.values()
     elif isinstance(thing, tuple | list | set | frozenset):
@@ -53,10 +55,12 @@ def _tensors(thing: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
     elif inspect.ismethod(thing):
         parts = [thing.__func__, thing.__self__]
     elif inspect.isfunction(thing):
+        if (thing.__module__ or "").partition(".")[0] == "torch":
+            return
         used = inspect.getclosurevars(thing)
         parts = [used.nonlocals, used.globals, thing.__defaults__, thing.__kwdefaults__]
     elif hasattr(thing, "__dict__"):
-        parts = [vars(thing)]
+        parts = [vars(thing), getattr(type(thing), "__call__", None)]
     for part in parts:
         yield from _tensors(part, seen, depth + 1)
 
