@@ -17,6 +17,7 @@ from ebbflow.differentiation.batched import undo_each
 from ebbflow.differentiation.fields import Field, Structure
 from ebbflow.differentiation.march import STATUS, Control, March, advance, march
 from ebbflow.differentiation.methods import METHODS, Coupled, DiagonallyImplicit, Method, State
+from ebbflow.differentiation.times import output_times, step_ends
 
 Gradient = Literal["direct", "checkpoint", "adjoint", "reversible"]
 GRADIENTS = ("direct", "checkpoint", "adjoint", "reversible")
@@ -99,10 +100,11 @@ def odeint(
         raise ValueError(f"rtol and atol must be ≥ 0 and not both 0, got {rtol} and {atol}")
     structure = Structure(y0, batch_dims)
     packed = structure.pack(y0)
-    # A list is read in float64, in which 0.8 is not 0.80000001.
     given = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    times = _times(given, packed, batch_dims)
-    grid = _grid(chosen, times, steps, step_size)
+    times = output_times(t, packed, batch_dims)
+    grid = step_ends(times, steps, step_size)
+    if steps is None and step_size is None and chosen.error_order:
+        grid = None
     control = Control(rtol, atol, max_steps, first_step, grid)
     problem = OdeProblem(f, structure, compact, chosen, times, control, gradient, checkpoints)
 
@@ -262,51 +264,6 @@ class OdeProblem:
         moved = moved.to(cotangents.device)
         moved = moved.reshape(*moved.shape, *(1,) * (cotangents.ndim - moved.ndim))
         return torch.where(moved, cotangents, 0.0).sum(0)
-
-
-def _times(t: Tensor, y0: Tensor, batch_dims: int) -> list[float] | Tensor:
-    """Times as numbers, or as float64 (T, B) with a batch axis; strictly monotonic."""
-    t = t.detach().double()
-    length = t.shape[0] if t.ndim else 0
-    shapes = [(length,), (length, y0.shape[0])] if batch_dims else [(length,)]
-    if t.ndim == 0 or tuple(t.shape) not in shapes:
-        also = f" or (T, {y0.shape[0]})" if batch_dims else ""
-        raise ValueError(f"t must have shape (T,){also}, got {tuple(t.shape)}")
-    if t.shape[0] < 2 or not bool(torch.isfinite(t).all()):
-        raise ValueError(f"t must be at least two finite times, got {t.tolist()}")
-    change = t.diff(dim=0)
-    if not bool(((change > 0).all(0) | (change < 0).all(0)).all()):
-        raise ValueError(f"t must be strictly increasing or strictly decreasing, got {t.tolist()}")
-    if not batch_dims:
-        return t.tolist()
-    t = t.to(y0.device)
-    return t if t.ndim == 2 else t[:, None].expand(-1, y0.shape[0]).contiguous()
-
-
-def _grid(
-    method: Method, times: list[float] | Tensor, steps: int | None, step_size: float | None
-) -> tuple[float, ...] | None:
-    """Every step's end where steps are fixed; with a batch axis, output index plus a fraction."""
-    if steps is not None and step_size is not None:
-        raise ValueError("give steps or step_size, not both")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"step_size must be positive, got {step_size}")
-    if steps is None and step_size is None and method.error_order:
-        return None
-    nodes: list[float] = []
-    for k in range(len(times) - 1):
-        t, s = times[k], times[k + 1]
-        n = steps or 1
-        if step_size is not None:
-            widest = float((s - t).abs().max()) if isinstance(t, Tensor) else abs(s - t)
-            n = max(1, math.ceil(widest / step_size * (1 - 1e-12)))
-        for j in range(n):
-            place = k + j / n if isinstance(t, Tensor) else t + float(s - t) * (j / n)
-            nodes.append(place)
-    nodes.append(float(len(times) - 1) if isinstance(times, Tensor) else times[-1])
-    return tuple(nodes)
 
 
 def _result(problem: OdeProblem, run: March, ys: Any, full: bool) -> Any:

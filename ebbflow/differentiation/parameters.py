@@ -60,7 +60,7 @@ def _tensors(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[Tensor]:
         used = inspect.getclosurevars(thing)
         parts = [used.nonlocals, used.globals, thing.__defaults__, thing.__kwdefaults__]
     elif hasattr(thing, "__dict__"):
-        parts = [vars(thing), getattr(type(thing), "__call__", None)]
+        parts = [vars(thing), vars(type(thing)).get("__call__")]
     for part in parts:
         yield from _tensors(part, seen, depth + 1)
 
