@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from ebbflow.differentiation.methods import Method
 from ebbflow.differentiation.ode import Gradient, odeint
+from ebbflow.differentiation.times import output_times
 
 
 class Path(Protocol):
@@ -28,6 +30,8 @@ class _Knots:
 
     times: Sequence[float]
     values: Tensor
+    # The interval whose formula holds at every time; by default the one that t is in.
+    held: int | None = None
 
     def __post_init__(self) -> None:
         times = [float(t) for t in self.times]
@@ -42,7 +46,13 @@ class _Knots:
 
     def _interval(self, t: Tensor | float) -> int:
         """Which interval t is in; the first and the last go on beyond the ends."""
+        if self.held is not None:
+            return self.held
         return min(max(bisect_right(self.times, float(t)) - 1, 0), len(self.times) - 2)
+
+    def around(self, t: float) -> Self:
+        """The path's smooth continuation from the interval that t is in."""
+        return replace(self, held=self._interval(t))
 
     def _slope(self, i: int) -> Tensor:
         return (self.values[i + 1] - self.values[i]) / (self.times[i + 1] - self.times[i])
@@ -104,37 +114,50 @@ def cdeint(
     max_steps: int = 10_000,
     parameters: Sequence[Tensor] | None = None,
     checkpoints: int | None = None,
-    full: bool = False,
-) -> Any:
+) -> Tensor:
     """Solve `dz/dt = f(t, z) dX/dt`, z(t[0]) = z0; returns z at each t, (len(t), *z0.shape).
 
     `f` returns (*z.shape, channels), a matrix for each sample; `path.derivative(t)` is (*batch,
     channels). One step size for the whole batch; the rest is `odeint`'s, also gradients to the
-    path's values. Paper: Neural Controlled Differential Equations for Irregular Time Series (Kidger
+    path's values. The knots of a LinearPath or HermitePath cut the solve into pieces, within each of
+    which the field is smooth; the state at each knot is kept, so that memory grows with the knots,
+    not with the steps. Paper: Neural Controlled Differential Equations for Irregular Time Series (Kidger
     et al. 2020), equation 5.
     """
 
-    def field(t: Tensor, z: Tensor) -> Tensor:
-        matrix, slope = f(t, z), path.derivative(t)
-        if matrix.shape[:-1] != z.shape or slope.shape[-1:] != matrix.shape[-1:]:
-            raise ValueError(
-                f"f(t, z) must return {(*z.shape, slope.shape[-1])}, z's shape and the path's "
-                f"channels, got {tuple(matrix.shape)}"
-            )
-        return (matrix @ slope.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
+    times = output_times(t, z0, 0)
+    assert isinstance(times, list)
+    lo, hi = min(times[0], times[-1]), max(times[0], times[-1])
+    knots = {s for s in path.times if lo < s < hi} if isinstance(path, _Knots) else set()
+    stops = sorted(knots | {lo, hi}, reverse=times[-1] < times[0])
+    states, z = [z0], z0
+    for start, end in pairwise(stops):
+        piece = path.around((start + end) / 2) if isinstance(path, _Knots) else path
+        inside = [s for s in times[1:-1] if min(start, end) < s < max(start, end)]
+        zs = odeint(
+            partial(_field, f, piece),
+            z,
+            [start, *inside, end],
+            method=method,
+            rtol=rtol,
+            atol=atol,
+            gradient=gradient,
+            steps=steps,
+            step_size=step_size,
+            max_steps=max_steps,
+            parameters=parameters,
+            checkpoints=checkpoints,
+        )
+        z = zs[-1]
+        states += list(zs[1:] if end in times else zs[1:-1])
+    return torch.stack(states)
 
-    return odeint(
-        field,
-        z0,
-        t,
-        method=method,
-        rtol=rtol,
-        atol=atol,
-        gradient=gradient,
-        steps=steps,
-        step_size=step_size,
-        max_steps=max_steps,
-        parameters=parameters,
-        checkpoints=checkpoints,
-        full=full,
-    )
+
+def _field(f: Callable[[Tensor, Tensor], Tensor], path: Path, t: Tensor, z: Tensor) -> Tensor:
+    matrix, slope = f(t, z), path.derivative(t)
+    if matrix.shape[:-1] != z.shape or slope.shape[-1:] != matrix.shape[-1:]:
+        raise ValueError(
+            f"f(t, z) must return {(*z.shape, slope.shape[-1])}, z's shape and the path's "
+            f"channels, got {tuple(matrix.shape)}"
+        )
+    return (matrix @ slope.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)

@@ -113,19 +113,22 @@ class Milstein(SdeMethod):
 
     def step(self, noise: Noise, t: float, s: float, dw: Tensor, state: State) -> State:
         (y,) = state
-        h, recorded = s - t, torch.is_grad_enabled()
+        h = s - t
+        g = noise.diffusion(t, y)
+        # Only where somebody will ask for it is the correction itself recorded.
+        recorded = torch.is_grad_enabled() and (y.requires_grad or g.requires_grad)
         with torch.enable_grad():
-            x = y if recorded and y.requires_grad else y.detach().requires_grad_()
-            g = noise.diffusion(t, x)
+            through = recorded and y.requires_grad
+            x = y if through else y.detach().requires_grad_()
+            bending = g if through else noise.diffusion(t, x)
             bent = None
-            if g.requires_grad:
+            if bending.requires_grad:
                 # The Jacobian is diagonal, so a product from the left is one from the right.
-                weight = 0.5 * g * (dw * dw - h)
-                weight = weight if recorded else weight.detach()
+                weight = 0.5 * (bending if recorded else bending.detach()) * (dw * dw - h)
                 (bent,) = torch.autograd.grad(
-                    g, x, weight, create_graph=recorded, allow_unused=True
+                    bending, x, weight, create_graph=recorded, allow_unused=True
                 )
-        out = y + noise.drift(t, y) * h + (g if recorded else g.detach()) * dw
+        out = y + noise.drift(t, y) * h + g * dw
         return (out if bent is None else out + bent,)
 
 
