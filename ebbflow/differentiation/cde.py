@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ebbflow.differentiation.methods import Method
@@ -119,12 +120,11 @@ def cdeint(
 
     `f` returns (*z.shape, channels), a matrix for each sample; `path.derivative(t)` is (*batch,
     channels). One step size for the whole batch; the rest is `odeint`'s, also gradients to the
-    path's values. The knots of a LinearPath or HermitePath cut the solve into pieces, within each of
-    which the field is smooth; the state at each knot is kept, so that memory grows with the knots,
-    not with the steps. Paper: Neural Controlled Differential Equations for Irregular Time Series (Kidger
-    et al. 2020), equation 5.
+    path's values. The knots of a LinearPath or HermitePath cut the solve into pieces, within which
+    the field is smooth; the state at each knot is kept, so that memory grows with the knots, not
+    with the steps.
+    Paper: Neural Controlled Differential Equations for Irregular Time Series (Kidger et al. 2020).
     """
-
     times = output_times(t, z0, 0)
     assert isinstance(times, list)
     lo, hi = min(times[0], times[-1]), max(times[0], times[-1])
