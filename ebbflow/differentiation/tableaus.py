@@ -9,51 +9,11 @@ section II.2), and `b(θ) · φ(tree) = θ^|tree| / γ(tree)` for the interpolan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import combinations_with_replacement
 from typing import Any
 
-Tree = tuple  # A rooted tree is the tuple of its subtrees; the single node is ().
-Rows = tuple[tuple[float, ...], ...]
-
-
-@cache
-def trees(order: int) -> tuple[Tree, ...]:
-    """Every rooted tree with `order` nodes: 1, 1, 2, 4, 9, … of them."""
-    return tuple(tuple(forest) for forest in _forests(order - 1, order - 1))
-
-
-def _forests(nodes: int, largest: int) -> Iterator[list[Tree]]:
-    if nodes == 0:
-        yield []
-        return
-    for size in range(min(nodes, largest), 0, -1):
-        for count in range(nodes // size, 0, -1):
-            for same in combinations_with_replacement(trees(size), count):
-                for rest in _forests(nodes - size * count, size - 1):
-                    yield [*same, *rest]
-
-
-def nodes(tree: Tree) -> int:
-    """The number of nodes of a tree, the order of its condition."""
-    return 1 + sum(nodes(child) for child in tree)
-
-
-def density(tree: Tree) -> int:
-    """γ(tree): the number of nodes times the densities of the subtrees."""
-    return nodes(tree) * math.prod(density(child) for child in tree)
-
-
-def weights(tree: Tree, a: Rows) -> list[float]:
-    """φ(tree): for each stage, the product over the subtrees of `A φ(subtree)`."""
-    out = [1.0] * len(a)
-    for child in tree:
-        inner = weights(child, a)
-        for i, row in enumerate(a):
-            out[i] *= sum(x * y for x, y in zip(row, inner, strict=False))
-    return out
+from ebbflow.differentiation.trees import Rows, density, nodes, up_to, weights
 
 
 @dataclass(frozen=True)
@@ -96,13 +56,13 @@ class Tableau:
             ("b", self.order, self.b),
             ("embedded", self.embedded_order, self.embedded),
         ):
-            for tree in _up_to(order):
+            for tree in up_to(order):
                 phi = weights(tree, self.a)
                 value = sum(x * y for x, y in zip(b, phi, strict=True))
                 self._equal(f"{name} · φ{tree}", value, 1 / density(tree))
         for theta in (0.25, 0.6, 1.0) if self.interpolant else ():
             b = self.dense_weights(theta)
-            for tree in _up_to(self.dense_order):
+            for tree in up_to(self.dense_order):
                 value = sum(x * y for x, y in zip(b, weights(tree, self.a), strict=True))
                 self._equal(f"b({theta}) · φ{tree}", value, theta ** nodes(tree) / density(tree))
             if theta == 1:
@@ -143,11 +103,6 @@ class Tableau:
                 value = (value + coefficient) * theta
             out.append(value)
         return out
-
-
-def _up_to(order: int) -> Iterator[Tree]:
-    for size in range(1, order + 1):
-        yield from trees(size)
 
 
 def product(*factors: Sequence[float]) -> tuple[float, ...]:

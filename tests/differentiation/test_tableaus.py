@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ebbflow.differentiation import tableaus
-from ebbflow.differentiation.tableaus import Tableau, density, nodes, trees
+from ebbflow.differentiation.tableaus import Tableau
+from ebbflow.differentiation.trees import density, nodes, trees
 
 ALL = [value for value in vars(tableaus).values() if isinstance(value, Tableau)]
 
