@@ -9,10 +9,10 @@ section II.2), and `b(θ) · φ(tree) = θ^|tree| / γ(tree)` for the interpolan
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ebbflow.differentiation.interpolants import hermite, product
 from ebbflow.differentiation.trees import Rows, density, nodes, up_to, weights
 
 
@@ -103,27 +103,6 @@ class Tableau:
                 value = (value + coefficient) * theta
             out.append(value)
         return out
-
-
-def product(*factors: Sequence[float]) -> tuple[float, ...]:
-    """The product of polynomials given by their coefficients, lowest degree first."""
-    out = [1.0]
-    for factor in factors:
-        new = [0.0] * (len(out) + len(factor) - 1)
-        for i, x in enumerate(out):
-            for j, y in enumerate(factor):
-                new[i + j] += x * y
-        out = new
-    return tuple(out)
-
-
-def hermite(b: Sequence[float]) -> Rows:
-    """The cubic through both ends with their slopes, for stages that begin and end with f there."""
-    rows = [[0.0, 3 * x, -2 * x] for x in b]
-    for row, extra in ((rows[0], (1.0, -2.0, 1.0)), (rows[-1], (0.0, -1.0, 1.0))):
-        for i, x in enumerate(extra):
-            row[i] += x
-    return tuple(tuple(row) for row in rows)
 
 
 euler = Tableau("euler", 1, ((),), (1.0,), (0.0,), dissipative_size=2.0)
