@@ -14,6 +14,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def main() -> None:
     y0 = torch.full((batch, 1), 1.5, dtype=torch.float64)
     times = torch.tensor([0.0, 5.0], dtype=torch.float64)
     exact = torch.cos(times[-1]) + 0.5 * torch.exp(-rates * 5.0)
-    tolerance = {"rtol": 1e-6, "atol": 1e-9}
+    tolerance: Any = {"rtol": 1e-6, "atol": 1e-9}
 
     def mixed(t: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
         rate = rates if rows is None else rates[rows]

@@ -212,7 +212,7 @@ def test_a_network_in_half_precision_keeps_the_state_in_single():
 
 def test_arguments_out_of_range_say_what_is_in_range():
     y0 = torch.ones(2)
-    for match, arguments in (
+    cases: list[tuple[str, Any]] = [
         ("dopri5", {"method": "rk45"}),
         ("checkpoint", {"gradient": "none"}),
         ("batch_dims", {"batch_dims": 2}),
@@ -222,7 +222,8 @@ def test_arguments_out_of_range_say_what_is_in_range():
         ("rtol", {"rtol": -1.0}),
         ("batch_dims=1", {"compact": True}),
         ("checkpoint", {"method": "esdirk4", "gradient": "adjoint"}),
-    ):
+    ]
+    for match, arguments in cases:
         with pytest.raises(ValueError, match=match):
             odeint(lambda t, y: -y, y0, [0.0, 1.0], **arguments)
     for t in ([0.0], [0.0, 0.0], [0.0, 1.0, 0.5], [0.0, math.nan], 1.0):

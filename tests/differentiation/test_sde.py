@@ -206,14 +206,15 @@ def test_nested_states():
 def test_what_a_method_cannot_do_is_refused():
     y0 = torch.ones(2)
     ito: Any = {"method": "euler-maruyama"}
-    for match, arguments in (
+    cases: list[tuple[str, Any]] = [
         ("reversible-heun", {"method": "euler"}),
         ("direct", {"gradient": "none"}),
         ("undone", {**ito, "gradient": "reversible"}),
         ("checkpoint", {**ito, "gradient": "adjoint"}),
         ("increase", {**ito, "t": [1.0, 0.0]}),
         ("brownian of shape", {"brownian": Brownian(0, (3,))}),
-    ):
+    ]
+    for match, arguments in cases:
         t = arguments.pop("t", [0.0, 1.0])
         with pytest.raises(ValueError, match=match):
             sdeint(drift, geometric, y0, t, **arguments)
