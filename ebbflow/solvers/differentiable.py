@@ -180,11 +180,11 @@ class Replay:
             return before
         assert self.first is not None
         start = self.start(self.first)
-        lost = float((before[0] - start[0]).abs().max() / start[0].abs().max())
-        if not lost < 1e-2:
+        lost = float((before[0] - start[0]).abs().max())
+        if not lost <= 1e-2 * float(start[0].abs().max()):
             raise RuntimeError(
-                f"undoing the plan came back {lost:.1g} beside its start (relative), too far for a "
-                "gradient: use gradient='checkpoint', or float64"
+                f"undoing the plan came back {lost:.1g} beside its start, too far for a gradient: "
+                "use gradient='checkpoint', or float64"
             )
         return start
 
