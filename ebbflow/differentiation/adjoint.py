@@ -34,7 +34,7 @@ class Augmented(Field):
         return torch.cat([y.flatten(lead), a.flatten(lead)], -1)
 
     def __call__(self, t: Time, y: Tensor) -> Tensor:
-        self.inner.rows, self.inner.active = self.rows, None
+        self.inner.rows = self.rows
         x, a = self.halves(y)
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -38,29 +38,28 @@ def march_each(
     every = torch.arange(batch, device=device)
     sign = torch.sign(times[-1] - times[0])
     t = times[0].clone()
-    f.rows, f.active = (every if f.compact else None), torch.ones(batch, dtype=torch.long)
-    f.active = f.active.to(device)
-    f.evaluations = torch.zeros(batch, dtype=torch.long, device=device)
+    f.rows, calls = (every if f.compact else None), f.calls
     run = March([y0] * count, method.start(f, t, y0))
     run.status = torch.full((batch,), MAX_STEPS, device=device)
-    run.steps, run.rejected = torch.zeros_like(f.evaluations), torch.zeros_like(f.evaluations)
+    run.steps, run.rejected = torch.zeros_like(every), torch.zeros_like(every)
     if control.grid is None:
         h = _first_steps(method, f, t, y0, run.state, times[-1] - t, control)
     else:
         h = torch.zeros_like(t)
     previous = torch.ones_like(t)
-    k = torch.ones_like(f.evaluations)
+    k = torch.ones_like(every)
     alive = sign != 0
     run.status = torch.where(alive, run.status, DONE)
     grid = None if control.grid is None else torch.tensor(control.grid, device=device)
     limit = control.max_steps if grid is None else grid.shape[0] - 1
+    evaluations = torch.full_like(every, f.calls - calls)
     for number in range(limit):
         rows = alive.nonzero()[:, 0] if f.compact else every
         if rows.numel() == 0 or not (f.compact or bool(alive.any())):
             break
         on = alive[rows]
         f.rows = rows if f.compact else None
-        f.active = alive.long()
+        calls = f.calls
         here = t[rows]
         if grid is not None:
             # Fractions of each sample's interval between consecutive outputs.
@@ -82,6 +81,7 @@ def march_each(
                 step = method.step(f, here, torch.where(good, step_h, 0.0), state)
         else:
             error, good = torch.ones_like(step_h), on
+        evaluations += (f.calls - calls) * alive
         if bool(good.any()):
             after = torch.where(good, target, here)
             outputs = []
@@ -121,7 +121,7 @@ def march_each(
             )
             run.status = torch.where(stuck & alive, STUCK, run.status)
             alive = alive & ~stuck
-    run.end = t
+    run.end, run.evaluations = t, evaluations
     run.outputs = [_unreached(y, run, times[i], sign) for i, y in enumerate(run.outputs)]
     return run
 
@@ -141,7 +141,6 @@ def advance_each(
     """Replay an accepted step of a batch; outputs are zero where they are not a sample's."""
     assert isinstance(passage.h, Tensor) and passage.moved is not None
     f.rows = passage.rows
-    f.active = None
     step = method.step(f, passage.t, passage.h, _take(state, passage.rows))
     outputs = []
     for (_, _, inside), value in zip(passage.outputs, _outputs(step, passage), strict=True):
@@ -153,7 +152,6 @@ def advance_each(
 def undo_each(method: Method, f: Field, passage: Passage, state: State) -> State:
     """The state before an accepted step of a batch."""
     f.rows = passage.rows
-    f.active = None
     before = method.undo(f, passage.t, passage.h, _take(state, passage.rows))
     return _moved(state, before, passage)
 

@@ -109,8 +109,7 @@ def _rebuild(tree: Any, parts: Any) -> Any:
 class Field:
     """`f` on packed states, with the time in the state's type and device and a count of calls.
 
-    With a batch axis, `rows` are the indices of the samples that are passed (None: all of them),
-    and `evaluations` counts, for each sample, the calls while it was `active`.
+    With a batch axis, `rows` are the indices of the samples that are passed (None: all of them).
     """
 
     def __init__(self, f: Callable[..., Any], structure: Structure, compact: bool = False) -> None:
@@ -119,19 +118,11 @@ class Field:
         self.rank = structure.leaves[0].ndim
         self.device = structure.leaves[0].device
         self.rows: Tensor | None = None
-        self.active: Tensor | None = None
         self.calls = 0
-        self.evaluations: Tensor | None = None
 
     def __call__(self, t: Time, y: Tensor) -> Tensor:
-        self.count(t, 1)
+        self.calls += 1
         return self.value(t, y)
-
-    def count(self, t: Time, evaluations: int) -> None:
-        """Add to the evaluations of the samples that are on their way."""
-        self.calls += evaluations
-        if isinstance(t, Tensor) and self.evaluations is not None and self.active is not None:
-            self.evaluations += evaluations * self.active
 
     def value(self, t: Time, y: Tensor) -> Tensor:
         """f, not counted."""

@@ -57,6 +57,8 @@ class March:
     steps: Tensor | int = 0
     rejected: Tensor | int = 0
     end: Time = 0.0
+    # Of each sample, where each has its own.
+    evaluations: Tensor | None = None
 
 
 OnStep = Callable[[Passage, Step], None]

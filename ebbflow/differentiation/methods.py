@@ -90,7 +90,8 @@ class RungeKutta(Method):
         nodes: list[tuple[Time, Tensor]] = [(t, y)]
         newton = self.factors(f, t, y, w)
         for i in range(1, tableau.stages):
-            time = t + tableau.c[i] * h
+            same_time = i > 1 and tableau.c[i] == tableau.c[i - 1]
+            time = nodes[-1][0] if same_time else t + tableau.c[i] * h
             x = scaled(y, w, combination(tableau.a[i][:i], ks))
             implicit = len(tableau.a[i]) > i
             k, x = self.stage(f, time, x, tableau.a[i][i] * w if implicit else None, newton)
@@ -194,7 +195,7 @@ def _newton_matrix(f: Field, t: Time, x: Tensor, w: float | Tensor) -> Solve:
     """`v -> (I - wJ)⁻¹ v` with J = ∂f/∂x of each sample, or of the whole state without a batch."""
     samples = x.shape[0] if isinstance(t, Tensor) else 1
     size = x.numel() // samples
-    f.count(t, size)
+    f.calls += size
     # A row a backward pass: for small states much faster than torch.func.jacfwd's batched duals.
     with torch.enable_grad():
         x = x.detach().requires_grad_()

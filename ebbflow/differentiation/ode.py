@@ -171,9 +171,7 @@ class OdeProblem:
 
     def solve(self, y0: Tensor) -> March:
         run = march(self.method, self.field, self.times, y0, self.control)
-        counts = self.field.evaluations
-        self.evaluations = self.field.calls if counts is None else counts
-        self.field.evaluations = None
+        self.evaluations = self.field.calls if run.evaluations is None else run.evaluations
         return run
 
     def evaluate(self, y: Tensor) -> list[Tensor]:
@@ -202,7 +200,6 @@ class OdeProblem:
         return outputs, end, len(self.run.passages)
 
     def start(self, y0: Tensor) -> State:
-        self.field.active = None
         if self.field.compact:
             self.field.rows = torch.arange(y0.shape[0], device=y0.device)
         return self.method.start(self.field, self.first_time, y0)

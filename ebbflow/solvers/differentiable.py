@@ -131,13 +131,12 @@ class Replay:
         """The prediction at the start, in which every tensor that matters is looked for."""
         return [self.model.denoiser(x, self.plan.stages[0].time, **self.model.condition)]
 
-    def forward(self, y0: Tensor) -> tuple[Tensor, State, int]:
+    def forward(self, y0: Tensor) -> tuple[Tensor, Any, int]:
         assert self.end is not None
         outputs, registers = self.end
         # What is returned gets a graph that holds this object: it is not held in turn.
         self.end = None
-        kept = () if self.inverses is None else registers
-        return outputs, tuple(x for x in kept if x is not None), self.plan.nfe
+        return outputs, () if self.inverses is None else registers, self.plan.nfe
 
     def start(self, y0: Tensor) -> State:
         self.shape = y0.shape
@@ -164,11 +163,12 @@ class Replay:
 
     def replay(self, index: int, state: State) -> tuple[State, list[Tensor]]:
         after = self.stage(index, self.plan.stages[index], state, self.held[index])
-        last, basis = index == self.plan.nfe - 1, self.plan.basis
-        outputs = []
-        if last:
-            outputs = [after[0] if basis is None else basis.inverse(after[0], self.shape)]
-        return tuple(x for x in after if x is not None), outputs
+        if index < self.plan.nfe - 1:
+            return tuple(x for x in after if x is not None), []
+        basis = self.plan.basis
+        end = after[0] if basis is None else basis.inverse(after[0], self.shape)
+        # As many registers as at the start, the empty ones too: that is what nothing comes back to.
+        return tuple(after), [end]
 
     def undo(self, index: int, state: State) -> State:
         assert self.inverses is not None

@@ -76,17 +76,16 @@ def test_one_local_step_is_the_solvers_first_and_treats_its_start_as_constant():
     assert 0 < float(error) < 0.1
 
 
-def test_the_local_estimates_mean_is_the_globals_density():
-    """Where every step has the same length h, `Σ E_j h_j` is an integral of E over the span."""
-
+def test_the_local_estimate_is_the_first_term_of_the_global_sum():
     def f(t: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([y[1], -y[0]]) * 3
+        return torch.stack([y[1] + torch.sin(t), -4 * y[0]])
 
-    y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    draws = torch.linspace(0.02, 1.9, 12).tolist()
-    local = [float(local_heuristics(f, t, y0, 2.0, **TIGHT)[0]) for t in draws]
-    # The problem is the same at every time and phase, and so is the estimate.
-    assert max(local) / min(local) == pytest.approx(1.0, abs=1e-6)
+    step = regularized_odeint(f, START, [0.0, 1.0], **TIGHT).times[1]
+    first = regularized_odeint(f, START, [0.0, step], **TIGHT)
+    error, stiffness = local_heuristics(f, 0.0, START, 1.0, **TIGHT)
+    assert len(first.times) == 1
+    assert float(error) == pytest.approx(float(first.error), rel=1e-9)
+    assert float(stiffness) == pytest.approx(float(first.stiffness), rel=1e-9)
 
 
 def test_arguments_out_of_range():
