@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ebbflow as ef
+from benchmarks.memory import peak_bytes
 from ebbflow.plan import Plan
-from tests.differentiation.problems import peak_bytes
 from tests.laws.cases import LAWS
 from tests.laws.test_machine import COSINE, bdia, edict
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 START = torch.tensor([0.7, -0.4, 1.0], dtype=torch.float64)
 
@@ -43,16 +41,3 @@ def exact(t: float) -> Tensor:
 def slope(errors: list[float]) -> float:
     """The observed order over the last halving of the step."""
     return math.log2(errors[-2] / errors[-1])
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory that tensors held at once while `run` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        top = max(top, live)
-    return top

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_bytes
 from ebbflow.differentiation import gradients, odeint
-from tests.differentiation.problems import peak_bytes
 
 MODES = ["direct", "checkpoint", "reversible", "adjoint"]
 WEIGHTS = torch.arange(1.0, 7.0, dtype=torch.float64).reshape(3, 2)

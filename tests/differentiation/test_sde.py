@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_bytes
 from ebbflow.differentiation import Brownian, sdeint
 from ebbflow.differentiation.sde_methods import SDE_METHODS, SdeMethod
-from tests.differentiation.problems import peak_bytes
 
 PATHS = 2000
 B = 0.6
