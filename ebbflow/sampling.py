@@ -15,8 +15,7 @@ from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
-from ebbflow.solvers import Solver
-from ebbflow.solvers.differentiable import differentiable
+from ebbflow.solvers import Solver, differentiable
 from ebbflow.solvers.stepping import Model, Walk, cut
 from ebbflow.solvers.stepping import Point as Point
 
@@ -280,7 +279,7 @@ def prepare(
     if x_init is not None and tuple(x_init.shape) != shape:
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, expected {shape}")
     if gradient not in (None, "direct"):
-        plan = differentiable(plan, gradient)
+        plan = differentiable.through(plan, gradient)
     for name, value in {"x_init": x_init, **condition}.items():
         if gradient is None and isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(

@@ -35,7 +35,7 @@ SNAPSHOTS = 8
 State = tuple[Tensor, ...]
 
 
-def differentiable(plan: Plan | Walk, gradient: str) -> Walk:
+def through(plan: Plan | Walk, gradient: str) -> Walk:
     """The same sampler, whose last state carries gradients that were not recorded.
 
     The states before it carry none. Raises ValueError for an unknown mode, for solvers that are no
