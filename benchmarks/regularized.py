@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ebbflow.differentiation import local_heuristics, odeint, regularized_odeint
 
 # The last weight of each kind: one starting step has a far smaller estimate than those accepted.
-WEIGHTS = {"none": 0.0, "global": 0.1, "local": 3.0}
+WEIGHTS = {"none": 0.0, "global": 4.0, "local": 120.0}
 TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 
