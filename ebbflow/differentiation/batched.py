@@ -214,7 +214,7 @@ def _next_steps(
     q = method.error_order + 1
     finite = torch.isfinite(error)
     size = torch.where(finite, error, 1.0).clamp(min=1e-10)
-    factor = (0.9 * size ** (-0.7 / q) * previous[rows] ** (0.4 / q)).clamp(0.2, 10.0)
+    factor = (0.9 * size ** (-0.85 / q) * previous[rows] ** (0.2 / q)).clamp(0.2, 10.0)
     factor = torch.where(good, factor, torch.where(finite, factor.clamp(max=0.9), 0.1))
     new = step_h.abs() * factor
     new = torch.where(good & full, torch.maximum(new, h[rows]), new)

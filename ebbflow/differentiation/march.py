@@ -183,9 +183,13 @@ def _march_one(
 
 
 def growth(error: float, previous: float, error_order: int) -> float:
-    """The factor to the next step: 0.9 e^(-0.7/q) e_prev^(0.4/q), q = order of the estimate + 1."""
+    """The factor to the next step: 0.9 e^(-0.85/q) e_prev^(0.2/q), q = order of the estimate + 1.
+
+    Steps then settle at e = 0.9^(q / 0.65), 0.44 for the fifth-order pairs. Solving Ordinary
+    Differential Equations II, section IV.2.
+    """
     q = error_order + 1
-    return min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** (-0.7 / q) * previous ** (0.4 / q)))
+    return min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** (-0.85 / q) * previous ** (0.2 / q)))
 
 
 def error_norm(error: Tensor, y: Tensor, y1: Tensor, control: Control) -> Tensor:
