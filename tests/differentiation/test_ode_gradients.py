@@ -53,7 +53,7 @@ def close(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
 def test_adaptive_gradients_agree_with_a_fine_fixed_step_solution(method: str, gradient: str):
     net = Net()
     fine = pulled(net, method="rk4", steps=150)
-    close(pulled(net, method=method, gradient=gradient, rtol=1e-6, atol=1e-8), fine, 3e-6)
+    close(pulled(net, method=method, gradient=gradient, rtol=4e-7, atol=4e-9), fine, 3e-6)
 
 
 def test_fine_gradients_agree_with_finite_differences():
@@ -130,7 +130,7 @@ def test_per_sample_gradients_are_each_samples_own(gradient: str, compact: bool)
         return [loss.detach(), *torch.autograd.grad(loss, [y, net.w, net.b])]
 
     fine = gradient_of("direct", loop=True, method="rk4", steps=80)
-    close(gradient_of(gradient, rtol=1e-6, atol=1e-8), fine, 1e-5)
+    close(gradient_of(gradient, rtol=4e-7, atol=4e-9), fine, 1e-5)
     if gradient in ("checkpoint",):
         same = gradient_of("direct", rtol=1e-4)
         close(gradient_of(gradient, rtol=1e-4), same, 1e-12)
