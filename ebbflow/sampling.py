@@ -15,7 +15,7 @@ from ebbflow import noise, solvers
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
-from ebbflow.solvers import Solver
+from ebbflow.solvers import Solver, differentiable
 from ebbflow.solvers.stepping import Model, Walk, cut
 from ebbflow.solvers.stepping import Point as Point
 
@@ -75,7 +75,9 @@ def sample(
         seed, first_index: row i is sample `first_index + i` of this seed, whatever the batch.
         batch: evaluate in chunks of this many samples, aligned to the sample index and padded, so
             that every sample is the same bit for bit in any request.
-        gradient: "direct" keeps the graph; without it nothing is differentiated.
+        gradient: "direct" keeps the graph; "checkpoint", "reversible" and "adjoint" have a backward
+            pass of their own, whose memory grows as √steps or not at all, for gradients of the
+            last state (`solvers.differentiable`); without it nothing is differentiated.
         denoise: spend one more call to remove noise left at the last node (VE).
         on_step: called with a `Point` at each node.
         full: return a `Result` instead of the samples.
@@ -277,7 +279,7 @@ def prepare(
     if x_init is not None and tuple(x_init.shape) != shape:
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, expected {shape}")
     if gradient not in (None, "direct"):
-        raise ValueError(f"gradient must be None or 'direct', got {gradient!r}")
+        plan = differentiable.through(plan, gradient)
     for name, value in {"x_init": x_init, **condition}.items():
         if gradient is None and isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(

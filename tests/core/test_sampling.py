@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"x_init has shape \(4, 2\), expected \(4, 3\)",
     ),
     "x_init that would broadcast": ({"x_init": torch.zeros(1, 3)}, r"shape \(1, 3\), expected"),
-    "unknown gradient": ({"gradient": "adjoint"}, "must be None or 'direct', got 'adjoint'"),
+    "unknown gradient": ({"gradient": "sum"}, "must be None, 'direct', .* got 'sum'"),
     "negative seed": ({"seed": -1}, r"seed must be an integer in \[0, 2\^64\), got -1"),
     "seed of text": ({"seed": "a"}, "seed must be an integer"),
     "negative index": ({"first_index": -2}, "index must be an integer in .* got -2"),

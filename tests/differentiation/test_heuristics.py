@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebbflow.differentiation import local_heuristics, odeint, regularized_odeint
+
+RATES = torch.tensor([3.0, 50.0], dtype=torch.float64)
+START = torch.tensor([1.0, 0.2], dtype=torch.float64)
+TIGHT = {"rtol": 1e-6, "atol": 1e-8}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_the_solution_is_odeints_and_its_estimates_are_sums_over_its_steps(method: str):
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return -RATES * y
+
+    found = regularized_odeint(f, START, [0.0, 0.5, 1.0], method=method, **TIGHT)
+    run = odeint(f, START, [0.0, 0.5, 1.0], method=method, full=True, **TIGHT)
+    assert torch.equal(found.ys, run.ys)
+    assert found.evaluations == run.evaluations and len(found.times) == run.steps
+    # Accepted steps have an estimate between 0 and 1, and their lengths sum to the span.
+    assert 0.01 < float(found.error) < 1
+    # The largest eigenvalue, in units of the stability region, is never overestimated here.
+    size = {"dopri5": 3.3066, "tsit5": 3.5068}[method]
+    assert 40 < float(found.stiffness) * size < 50 + 1e-6
+
+
+def test_estimates_have_the_gradient_of_finite_differences_at_the_same_steps():
+    """To the parameters through stages and states; the steps themselves are constants."""
+    from ebbflow.differentiation.fields import Field, Structure
+    from ebbflow.differentiation.heuristics import _of_step
+    from ebbflow.differentiation.march import Control
+    from ebbflow.differentiation.methods import tsit5
+
+    rate = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def replayed(rate: Tensor, sizes: list[float]) -> Tensor:
+        f = Field(lambda t, y: -rate * y + torch.sin(3 * t), Structure(START, 0))
+        t, total = 0.0, torch.zeros((), dtype=torch.float64)
+        state = tsit5.start(f, t, START)
+        for h in sizes:
+            step = tsit5.step(f, t, h, state)
+            total = total + _of_step(tsit5, step, Control(**TIGHT))[0] * h
+            t, state = t + h, step.state
+        return total
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return -rate * y + torch.sin(3 * t)
+
+    found = regularized_odeint(f, START, [0.0, 1.0], **TIGHT)
+    (slope,) = torch.autograd.grad(found.error, rate)
+    sizes = [b - a for a, b in pairwise([*found.times, 1.0])]
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = replayed(rate + h, sizes), replayed(rate - h, sizes)
+    assert float(found.error) == pytest.approx(float(ahead + behind) / 2, rel=1e-6)
+    assert float(slope) == pytest.approx(float(ahead - behind) / (2 * h), rel=1e-4)
+
+
+def test_one_local_step_is_the_solvers_first_and_treats_its_start_as_constant():
+    y = START.clone().requires_grad_()
+    rate = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return -rate * y
+
+    error, stiffness = local_heuristics(f, 0.3, y, 1.0, **TIGHT)
+    assert float(stiffness) * 3.5068 == pytest.approx(2.0, rel=1e-9)
+    gradients = torch.autograd.grad(error + stiffness, [y, rate], allow_unused=True)
+    assert gradients[0] is None and gradients[1] is not None
+    # E h falls as h⁶ / tolerance, and the solver's own starting step keeps it below its tolerance.
+    assert 0 < float(error) < 0.1
+
+
+def test_the_local_estimate_is_the_first_term_of_the_global_sum():
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[1] + torch.sin(t), -4 * y[0]])
+
+    step = regularized_odeint(f, START, [0.0, 1.0], **TIGHT).times[1]
+    first = regularized_odeint(f, START, [0.0, step], **TIGHT)
+    error, stiffness = local_heuristics(f, 0.0, START, 1.0, **TIGHT)
+    assert len(first.times) == 1
+    assert float(error) == pytest.approx(float(first.error), rel=1e-9)
+    assert float(stiffness) == pytest.approx(float(first.stiffness), rel=1e-9)
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(ValueError, match="tsit5"):
+        regularized_odeint(lambda t, y: -y, START, [0.0, 1.0], method="euler")
+    with pytest.raises(ValueError, match="differ"):
+        local_heuristics(lambda t, y: -y, 1.0, START, 1.0)
