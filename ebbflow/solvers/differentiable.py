@@ -118,7 +118,8 @@ class Replay:
         # Registers before the stages that cannot be undone.
         self.kept: dict[int, State] = {}
         self.end: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
-        self.first = self.shape = None
+        self.first = None
+        self.shape = torch.Size()
 
     def look(self, k: int, step: Step) -> None:
         """What to keep of the run after stage k; -1 is the start."""
