@@ -20,6 +20,7 @@ from ebbflow.tuning.residual_form import Parameters, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 RATES = {"top": 0.02, "shares": 0.02, "length": 0.02, "decay": 0.01, "matrix": 0.006}
+END = 0.95
 ADAM = 0.9, 0.98
 WARM = 20  # steps
 CLIP = 2.0  # norm of a gradient
@@ -53,13 +54,16 @@ class Moved(Wrapper):
         return [partial(again, t) for t in self.times]
 
 
-def score(denoiser: Denoiser, plan: Plan, of: References) -> float:
-    """What decides between plans: 0.6 log of the mean error + 0.4 log of the root mean square;
-    infinite for a plan that blows up."""
+def measure(denoiser: Denoiser, plan: Plan, of: References) -> Tensor:
+    """The errors of a plan, infinite where it blows up."""
     try:
-        errors = of.errors(denoiser, plan)
+        return of.errors(denoiser, plan)
     except NonFinite:
-        return math.inf
+        return torch.full((len(of),), math.inf)
+
+
+def score(errors: Tensor) -> float:
+    """What decides between plans: 0.6 log of the mean error + 0.4 log of the root mean square."""
     return 0.6 * math.log(errors.mean()) + 0.2 * math.log(errors.square().mean())
 
 
@@ -99,19 +103,20 @@ class Fit:
         self.first = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         self.second = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         if saved is None:
-            self.best_score = score(denoiser, form.plan(form.first), held_out)
+            self.best_score = score(measure(denoiser, form.plan(form.first), held_out))
         else:
             self._restore(saved)
         for leaf in self.parameters.tensors().values():
             leaf.requires_grad_()
 
     def run(self, budget: Budget) -> Iterator[None]:
-        """Learn until the budget is spent; yields after each step."""
+        """Learn until all but the last twentieth of the budget is spent, which pays for measuring
+        what was learnt; yields after each step."""
         # From here on the share of what is left counts: the converged samples have cost theirs.
         if self.begin is None:
-            self.begin = min(budget.share, 0.9)
-        while budget.share < 1:
-            self._learn((budget.share - self.begin) / (1 - self.begin))
+            self.begin = min(budget.share, 0.9 * END)
+        while budget.share < END:
+            self._learn((budget.share - self.begin) / (END - self.begin))
             budget.spend(GRADIENT * self.batch * self.form.nfe)
             if self.step % self.every == 0:
                 self._look()
@@ -156,7 +161,8 @@ class Fit:
         )
 
     def _look(self) -> None:
-        found = score(self.denoiser, self.form.plan(self.parameters.copy()), self.held_out)
+        plan = self.form.plan(self.parameters.copy())
+        found = score(measure(self.denoiser, plan, self.held_out))
         if found < self.best_score:
             self.best, self.best_score = self.parameters.copy(), found
 

@@ -20,7 +20,7 @@ from ebbflow.progress import bar
 from ebbflow.solvers import Solver
 from ebbflow.statistics import Statistics
 from ebbflow.tuning.budget import Budget
-from ebbflow.tuning.fit import GRADIENT, Fit, score
+from ebbflow.tuning.fit import GRADIENT, Fit, measure, score
 from ebbflow.tuning.identity import identity
 from ebbflow.tuning.references import (
     Features,
@@ -124,7 +124,7 @@ def tune(
     held_out, train = found.split(max(1, len(found) // 3))
     statistics = statistics_of(denoiser, train)
     candidates = list(_starts(denoiser, start, nfe, statistics))
-    chosen = min(candidates, key=lambda plan: score(denoiser, plan, train))
+    chosen = min(candidates, key=lambda plan: score(measure(denoiser, plan, train)))
     if saved is None:
         budget.spend(len(candidates) * len(train) * nfe)
     form = ResidualForm.of(chosen, axes(chosen, train, statistics))
@@ -138,8 +138,10 @@ def tune(
             while shown < min(100, int(100 * budget.share)):
                 shown += 1
                 advance()
-    plans = [*candidates, form.plan(fit.best)]
-    plan = min(plans, key=lambda plan: score(denoiser, plan, held_out))
+    plans = {"tuned": form.plan(fit.best)} | {_name(plan): plan for plan in candidates}
+    errors = {name: measure(denoiser, plan, held_out) for name, plan in plans.items()}
+    best = min(plans, key=lambda name: score(errors[name]))
+    errors["tuned"] = errors[best]
     origin = {
         "solver": "tuned",
         "start": dict(chosen.origin),
@@ -149,18 +151,12 @@ def tune(
         "condition": {name: _words(value) for name, value in condition.items()},
         "samples": [len(train), len(held_out)],
         "evaluations": round(budget.spent),
-        "held out": {
-            name: _figures(held_out.errors(denoiser, one))
-            for name, one in {
-                "tuned": plan,
-                **{_name(start): start for start in candidates},
-            }.items()
-        },
+        "held out": {name: _figures(each) for name, each in errors.items()},
         "uncertainty of the converged samples": found.uncertainty,
     }
     if resume is not None:
         Path(resume).unlink(missing_ok=True)
-    return replace(plan, origin=origin)
+    return replace(plans[best], origin=origin)
 
 
 def _state(fit: Fit, found: References, budget: Budget) -> Saved:
