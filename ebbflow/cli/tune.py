@@ -44,7 +44,7 @@ class Options:
     times of one solver; solvers: a search over the solver of every step."""
     start: str = "auto"
     """The solver to start from, or whose times are searched; with learned, auto is the best of a
-    few for this model."""
+    few for this model, and a plan's file is gone on with."""
     budget: float = 300.0
     """Seconds for everything; about a fourth goes into the model's converged samples."""
     evaluations: float | None = None
@@ -65,6 +65,7 @@ def run(options: Options) -> None:
     import torch
 
     from ebbflow.cli import _models
+    from ebbflow.plan import Plan
     from ebbflow.tuning import tune
 
     began = time.perf_counter()
@@ -80,7 +81,7 @@ def run(options: Options) -> None:
         plan = tune(
             denoiser,
             options.nfe,
-            start=options.start,
+            start=Plan.load(options.start) if options.start.endswith(".json") else options.start,
             seed=options.seed,
             budget_seconds=options.budget,
             budget_evaluations=options.evaluations,

@@ -189,7 +189,8 @@ def _words(value: Any) -> Any:
 
 
 def _name(plan: Plan) -> str:
-    return str(plan.origin.get("solver", "start"))
+    name = str(plan.origin.get("solver", "start"))
+    return "start" if name == "tuned" else name
 
 
 def _figures(errors: Tensor) -> dict[str, float]:

@@ -127,6 +127,14 @@ def test_the_start_may_be_a_plan_in_numbers_or_by_coordinate(denoiser):
         assert plan.origin["held out"]["tuned"]["mean"] <= plan.origin["held out"][name]["mean"]
 
 
+def test_a_tuned_plan_can_be_gone_on_with(denoiser):
+    first = ef.tune(denoiser, 4, budget_evaluations=10_000)
+    second = ef.tune(denoiser, start=first, budget_evaluations=40_000, seed=1)
+    found = second.origin["held out"]
+    assert found["tuned"]["mean"] < 0.95 * found["start"]["mean"]
+    assert second != first and second.origin["start"]["solver"] == "tuned"
+
+
 def test_conditions_and_guidance():
     """Two classes under guidance, without statistics: one variance for all coordinates."""
     centres = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]])
