@@ -25,7 +25,10 @@ def config_of(name: str) -> dict[str, Any]:
     """
     if name == ORACLE:
         return {}
-    return json.loads((_folder(name) / "config.json").read_text(encoding="utf-8"))
+    path = _folder(name) / "config.json"
+    if not path.is_file():  # `open_model` says what is wrong
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _folder(name: str) -> Path:

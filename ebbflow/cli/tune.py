@@ -6,11 +6,10 @@ Examples:
   ebbflow tune --guidance 2 --classes 3 5         under guidance, two classes
   ebbflow tune --start unipc-b2-3 --nfe 10        from a solver of your choice
   ebbflow tune --method times --start ddim        a search over the times of ddim
-  ebbflow sample --plan plan.json                 and use it
 
-The same command goes on where it was stopped. The plan is a JSON file that says which model it
-belongs to, what made it and the errors on noise that was held out; coefficients that differ by
-coordinate lie beside it as safetensors.
+`ebbflow sample --plan plan.json` uses it. The same command goes on where it was stopped. The plan
+is a JSON file that says which model it belongs to, what made it and the errors on noise that was
+held out; coefficients that differ by coordinate lie beside it as safetensors.
 """
 
 from __future__ import annotations
