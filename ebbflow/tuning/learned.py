@@ -34,7 +34,7 @@ from ebbflow.tuning.residual_form import Axes, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 SAVE_EVERY = 20.0  # seconds
-STARTS = ("auto", "dpm-solver++2m", "unipc-b2-3")
+STARTS = ("unit-residual", "dpm-solver++2m", "unipc-b2-3")
 
 
 def tune(
