@@ -25,8 +25,8 @@ from torch import Tensor
 from ebbflow import algebra, noise
 from ebbflow.differentiation import gradients
 from ebbflow.differentiation import parameters as owned
-from ebbflow.plan import Plan, Step, require_start
-from ebbflow.rows import Stage, combine, compile_stage, on_device
+from ebbflow.plan import Plan, Step
+from ebbflow.rows import Stage, combine, compile_stage, on_device, require_start
 from ebbflow.solvers.stepping import Model, Point, Walk
 
 MODES = ("checkpoint", "adjoint", "reversible")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ebbflow.denoiser import Denoiser
@@ -20,9 +19,6 @@ from ebbflow.tuning.references import References
 
 Objective = Callable[[Tensor, References], float]
 """Of samples (N, *shape) that a plan made of the references' noise; less is better."""
-
-ELEMENTS = 2**18
-"""Of the states that are sampled at a time."""
 
 
 def mean_error(samples: Tensor, references: References) -> float:
@@ -125,7 +121,8 @@ class Trial:
 
     def _measure(self, plan: Plan, references: References, denoiser: Denoiser | None) -> float:
         try:
-            value = self.objective(run(denoiser or self.denoiser, plan, references), references)
+            samples = references.run(denoiser or self.denoiser, plan)
+            value = self.objective(samples, references)
         except NonFinite:
             return math.inf
         return value if math.isfinite(value) else math.inf
@@ -160,11 +157,3 @@ class Trial:
             "error_before": before,
             "error_after": after,
         }
-
-
-@torch.no_grad()
-def run(denoiser: Denoiser, plan: Plan, references: References) -> Tensor:
-    """(N, *shape): what a plan makes of the references' noise, a part of them at a time."""
-    size = max(1, ELEMENTS // max(1, references.start[0].numel()))
-    parts = [references.rows(index) for index in torch.arange(len(references)).split(size)]
-    return torch.cat([plan.run(denoiser, part.start, **part.condition) for part in parts])

@@ -64,7 +64,7 @@ def measure(denoiser: Denoiser, plan: Plan, of: References) -> Tensor:
 
 def score(errors: Tensor) -> float:
     """What decides between plans: 0.6 log of the mean error + 0.4 log of the root mean square."""
-    return 0.6 * math.log(errors.mean()) + 0.2 * math.log(errors.square().mean())
+    return float(0.6 * errors.mean().log() + 0.2 * errors.square().mean().log())
 
 
 def loss(errors: Tensor, typical: float) -> Tensor:

@@ -94,6 +94,7 @@ def tune(
         "schedule": denoiser.schedule.config(),
         "condition": {name: _words(value) for name, value in condition.items()},
         "start": named,
+        "features": getattr(features, "__qualname__", type(features).__name__),
         "settings": [nfe, list(shape), seed, samples, budget_seconds, budget_evaluations],
     }
     saved = Saved.read(resume, request)

@@ -74,11 +74,23 @@ class References:
         error = (self.features(samples) - self.end).flatten(1)
         return error.square().mean(1).sqrt() / self.deviation
 
+    @torch.no_grad()
+    def run(
+        self, denoiser: Denoiser, plan: Plan | Walk, advance: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """(N, *shape): what a plan makes of the same noise, some at a time; `advance` after each
+        part."""
+        ends = []
+        for index in _chunks(self.start):
+            part = self.rows(index)
+            ends.append(plan.run(denoiser, part.start, **part.condition))
+            advance()
+        return torch.cat(ends)
+
     def errors(self, denoiser: Denoiser, plan: Plan | Walk) -> Tensor:
-        """(N,): the `distance` of what a plan makes of the same noise, without gradients."""
+        """(N,): the `distance` of what a plan makes of the same noise."""
         with torch.no_grad():
-            parts = _chunks(self.start)
-            return torch.cat([self.rows(i).distance(_run(plan, denoiser, self, i)) for i in parts])
+            return self.distance(self.run(denoiser, plan))
 
 
 def references(
@@ -120,13 +132,12 @@ def references(
     start = z * schedule.sigma(1.0).item()
     turned = conditions_in_turn(condition or {}, count)
     found = References(start, start, turned, 1.0, math.inf, features, start)
-    parts = _chunks(start)
     steps, ends, change = 16, start, math.inf
-    total = len(parts) * sum(2**k for k in range(4, 1 + int(math.log2(most))))
+    total = len(_chunks(start)) * (int(math.log2(most)) - 3)
     with torch.no_grad(), bar("converged samples", total, progress) as advance:
         while True:
             plan = solvers.get(SOLVER).plan(schedule, steps)
-            before, ends = ends, torch.cat([_run(plan, denoiser, found, i, advance) for i in parts])
+            before, ends = ends, found.run(denoiser, plan, advance)
             seen = features(ends)
             flat = seen.flatten(1)
             deviation = float((flat - flat.mean(0)).square().mean().sqrt())
@@ -147,26 +158,6 @@ def references(
 def _chunks(start: Tensor) -> Sequence[Tensor]:
     """Indices that are computed together: some, not too many numbers at once."""
     return torch.arange(len(start)).split(max(16, min(512, 2**18 // start[0].numel())))
-
-
-def _run(
-    plan: Plan | Walk,
-    denoiser: Denoiser,
-    of: References,
-    index: Tensor,
-    advance: Callable[[], None] = lambda: None,
-) -> Tensor:
-    rows = of.rows(index)
-    if not isinstance(plan, Plan):
-        return plan.run(denoiser, rows.start, **rows.condition)
-    *_, end = _watched(plan, denoiser, rows, advance)
-    return end.state
-
-
-def _watched(plan: Plan, denoiser: Denoiser, rows: References, advance: Callable[[], None]) -> Any:
-    for step in plan.execute(denoiser, rows.start, **rows.condition):
-        advance()
-        yield step
 
 
 def conditions_in_turn(condition: Mapping[str, Any], count: int) -> dict[str, Any]:

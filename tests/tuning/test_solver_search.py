@@ -12,7 +12,7 @@ import ebbflow as ef
 from ebbflow.benchmark.problems import oracle
 from ebbflow.tuning import References, references
 from ebbflow.tuning.candidates import Candidate, Space, propose
-from ebbflow.tuning.evaluation import energy, frechet, mean_error, run
+from ebbflow.tuning.evaluation import energy, frechet, mean_error
 from ebbflow.tuning.predictor import Predictor, kendall
 from ebbflow.tuning.solver_search import hand_made, search_solvers
 from ebbflow.tuning.unified import Choice
@@ -165,7 +165,7 @@ def test_other_objectives_are_searched(problem) -> None:
     assert plan.origin["solver"] == "unified"
     assert plan.origin["objective"] == "energy"
     worst = ef.solvers.get("ddim").plan(denoiser.schedule, 3)
-    found, coarse = (energy(run(denoiser, p, noise), noise) for p in (plan, worst))
+    found, coarse = (energy(noise.run(denoiser, p), noise) for p in (plan, worst))
     assert found < 0.5 * coarse
 
 
