@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
+    from ebbflow import likelihood as likelihood
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ebbflow import tuning as tuning
     from ebbflow.denoiser import Denoiser as Denoiser
     from ebbflow.finite import NonFinite as NonFinite
+    from ebbflow.likelihood import log_likelihood as log_likelihood
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.particles import denoising_mcmc as denoising_mcmc
@@ -59,7 +61,9 @@ _HOMES = {
     "grids": "grids",
     "guidance": "guidance",
     "interop": "interop",
+    "likelihood": "likelihood",
     "load": "storage",
+    "log_likelihood": "likelihood",
     "metrics": "metrics",
     "networks": "networks",
     "noise": "noise",
