@@ -32,6 +32,7 @@ class AngleFlow:
         dtype: in which it is evaluated; u and the angle are float64.
         first: sigma/alpha below which the denoiser is not asked; no smaller than the schedule's.
         end: the time of the noise end.
+        size: number of coordinates.
     """
 
     denoiser: Denoiser
@@ -39,6 +40,7 @@ class AngleFlow:
     first: float
     last: float
     end: float
+    size: int
 
     @staticmethod
     def of(denoiser: Denoiser, x0: Tensor, floor: float, end: float) -> AngleFlow:
@@ -60,7 +62,7 @@ class AngleFlow:
         if first >= last:
             raise ValueError(f"end = {end} lies at an angle of {last:g}, below that of the floor")
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        return AngleFlow(denoiser, dtype, first, last, end)
+        return AngleFlow(denoiser, dtype, first, last, end, x0[0].numel())
 
     def time(self, angle: Tensor) -> Tensor:
         """The time of each angle, float64."""
@@ -92,19 +94,41 @@ def per_sample(condition: Mapping[str, Any], batch: int, rows: Tensor) -> dict[s
     return {name: part(value) for name, value in condition.items()}
 
 
-def log_prior(flow: AngleFlow, u: Tensor, condition: Mapping[str, Any]) -> Tensor:
+def log_prior(
+    flow: AngleFlow, u: Tensor, condition: Mapping[str, Any], angle: float | None = None
+) -> Tensor:
     """Log-density (B,) at the noise end: of the data's own Gaussian where it is known.
 
     `N(cos m, cos² C + sin²)` with the statistics of the condition, else `N(0, sin²)`.
     """
-    cosine, sine = math.cos(flow.last), math.sin(flow.last)
-    if flow.denoiser.schedule.alpha(flow.end).item() == 0:
-        cosine, sine = 0.0, 1.0
+    cosine, sine = _levels(flow, angle)
     out = torch.zeros(len(u), dtype=torch.float64, device=u.device)
     for rows, statistics in _laws(flow.denoiser, len(u), condition):
         value = _gaussian(u[rows.to(u.device)], statistics, cosine, sine)
         out = out.index_copy(0, rows.to(u.device), value.to(u.device))
     return out
+
+
+def prior_precision(
+    flow: AngleFlow, angle: float, batch: int, condition: Mapping[str, Any]
+) -> Tensor:
+    """The trace of the prior's inverse covariance for each sample, (B,)."""
+    cosine, sine = _levels(flow, angle)
+    out = torch.zeros(batch, dtype=torch.float64)
+    for rows, statistics in _laws(flow.denoiser, batch, condition):
+        if statistics is None:
+            out[rows] = flow.size / sine**2
+        else:
+            left = (flow.size - statistics.variance.numel()) / (cosine**2 * statistics.residual + sine**2)
+            out[rows] = left + (1 / (cosine**2 * statistics.variance + sine**2)).sum()
+    return out
+
+
+def _levels(flow: AngleFlow, angle: float | None) -> tuple[float, float]:
+    if angle is None and flow.denoiser.schedule.alpha(flow.end).item() == 0:
+        return 0.0, 1.0
+    angle = flow.last if angle is None else angle
+    return math.cos(angle), math.sin(angle)
 
 
 def _laws(

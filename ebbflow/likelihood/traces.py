@@ -56,9 +56,10 @@ def hutchinson(pull: Pull, probes: Tensor) -> Tensor:
 def hutch_plus_plus(pull: Pull, probes: Tensor) -> Tensor:
     """(n, K) from 2 K probes: the trace on the range of a sketch, the rest by probes.
 
-    `tr(Qᵀ J Q) + rᵀ J r`, Q an orthonormal basis of `(J - c)ᵀ S` for the first K probes S and c their
-    mean quotient, r the part of another probe off Q, scaled to the sphere of radius √(d - K), so
-    that multiples of the identity stay exact. Given S the K values are independent and unbiased.
+    `tr(Qᵀ J Q) + rᵀ J r`, Q an orthonormal basis of `(J - c)ᵀ S` for the first K probes S and c
+    their mean quotient, r the part of another probe off Q, scaled to the sphere of radius
+    √(d - K), so that multiples of the identity stay exact. Given S the K values are independent
+    and unbiased.
     Gradients hold Q, of which the expectation does not depend.
     Hutch++: Optimal Stochastic Trace Estimation, algorithm 1.
     """

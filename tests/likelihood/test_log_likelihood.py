@@ -140,11 +140,9 @@ def test_the_sketch_lowers_the_error_where_few_directions_matter() -> None:
     data = ef.oracles.GaussianMixture(torch.zeros(1, 24), covariance[None], torch.ones(1))
     denoiser = data.denoiser(ef.schedules.Cosine(), statistics=True)
     x0 = data.sample(4, 0)
-    sketch, plain = (
-        ef.log_likelihood(denoiser, x0, divergence=way, samples=n, rtol=1e-4)[1].mean()
-        for way, n in (("hutch++", 6), ("hutchinson", 18))
-    )
-    assert sketch < 0.3 * plain
+    _, plain = ef.log_likelihood(denoiser, x0, divergence="hutchinson", samples=18, rtol=1e-4)
+    _, sketch = ef.log_likelihood(denoiser, x0, divergence="hutch++", samples=6, rtol=1e-4)
+    assert sketch.mean() < 0.3 * plain.mean()
 
 
 def test_traces_of_a_matrix() -> None:
