@@ -119,7 +119,9 @@ def prior_precision(
         if statistics is None:
             out[rows] = flow.size / sine**2
         else:
-            left = (flow.size - statistics.variance.numel()) / (cosine**2 * statistics.residual + sine**2)
+            left = (flow.size - statistics.variance.numel()) / (
+                cosine**2 * statistics.residual + sine**2
+            )
             out[rows] = left + (1 / (cosine**2 * statistics.variance + sine**2)).sum()
     return out
 

@@ -91,5 +91,3 @@ def _divergence(flow: AngleFlow, last: float, x0: Tensor, condition: Mapping[str
     spread = 0.5 * sine**2 * prior_precision(flow, last, len(x0), condition)
     entropy = d / 2 * math.log(2 * math.pi * math.e * sine**2)
     return spread.to(centre.device) - log_prior(flow, centre, condition, last) - entropy
-
-

@@ -78,7 +78,11 @@ def narrow() -> tuple[ef.Denoiser, Tensor, Tensor]:
     data = ef.oracles.GaussianMixture(means, torch.full((2,), deviation**2), torch.ones(2))
     pixels = levels[torch.arange(64) % 2, None].to(torch.uint8)
     inside = math.erf(0.5 / 0.15 / math.sqrt(2))
-    return data.denoiser(ef.schedules.VE(sigma_min=1e-4)), pixels, torch.tensor(math.log(inside / 2))
+    return (
+        data.denoiser(ef.schedules.VE(sigma_min=1e-4)),
+        pixels,
+        torch.tensor(math.log(inside / 2)),
+    )
 
 
 def test_learned_noise_is_sharper_than_uniform_and_stays_a_bound() -> None:
