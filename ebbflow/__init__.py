@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ebbflow import diagnostics as diagnostics
     from ebbflow import differentiation as differentiation
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ebbflow import training as training
     from ebbflow import tuning as tuning
     from ebbflow.denoiser import Denoiser as Denoiser
+    from ebbflow.diagnostics import diagnose as diagnose
     from ebbflow.finite import NonFinite as NonFinite
     from ebbflow.likelihood import log_likelihood as log_likelihood
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
@@ -55,6 +57,8 @@ _HOMES = {
     "Stage": "plan",
     "Statistics": "statistics",
     "denoising_mcmc": "particles",
+    "diagnose": "diagnostics",
+    "diagnostics": "diagnostics",
     "differentiation": "differentiation",
     "gaussian_flow": "processes",
     "gaussian_prior": "processes",

@@ -6,6 +6,7 @@ Examples:
   ebbflow evaluate samples.npz --reference real.npz     against other real pictures
   ebbflow evaluate samples --allow-few --json           fewer pictures than features, for machines
   ebbflow evaluate real.npz --model fashion-mnist --likelihood      bits a dimension of the pictures
+  ebbflow evaluate real.npz --model fashion-mnist --diagnose --figure report.png
 
 The figures are on the features of a small classifier in the package, trained on Fashion-MNIST:
 compare them with each other and with those of held-out real pictures, at about equal counts.
@@ -80,13 +81,21 @@ class Options:
     """Random directions a picture by which --likelihood estimates its divergence, at least 2."""
     rtol: float = 1e-3
     """Relative error of its solver."""
+    diagnose: bool = False
+    """How far --model is from a gradient, calibrated and straight, on the first 16 pictures."""
+    figure: Path | None = None
+    """Where --diagnose draws what it finds, such as report.png."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def run(options: Options) -> None:
+    if options.likelihood and options.diagnose:
+        raise ValueError("give --likelihood or --diagnose, and not both")
     if options.likelihood:
         return _likelihood(options)
+    if options.diagnose:
+        return _diagnose(options)
     from ebbflow.metrics import classifier
     from ebbflow.metrics.features import extract
     from ebbflow.metrics.report import Reference, compare
@@ -148,6 +157,20 @@ def _likelihood(options: Options) -> None:
         print_json({"samples": str(options.samples), "model": options.model, **report})
     else:
         likelihood.show(report, f"{options.samples} under {options.model}")
+
+
+def _diagnose(options: Options) -> None:
+    from ebbflow.cli import _diagnose as diagnosis
+
+    denoiser, pixels, device = _both(options, "--diagnose", diagnosis.COUNT)
+    report = diagnosis.measure(denoiser, pixels, options.seed, device)
+    if options.figure is not None:
+        report.save_figure(options.figure)
+    if options.json:
+        wrote = {"samples": str(options.samples), "model": options.model}
+        print_json({**wrote, **report.summary()})
+    else:
+        diagnosis.show(report, f"{options.model} on {len(pixels)} pictures of {options.samples}")
 
 
 def _both(options: Options, what: str, count: int) -> tuple[Denoiser, torch.Tensor, torch.device]:
