@@ -45,7 +45,8 @@ def _mean(report: Report, axes: Any) -> None:
     axes.plot(report.times, ratios, color=BLUE, marker="o", ms=4)
     axes.axhline(1.0, color="#808080", linestyle="--", linewidth=1)
     axes.set_yscale("log")
-    axes.set(title="Square of the mean score over that of chance (1: calibrated)", xlabel="time")
+    axes.set_ylim(min(0.5, *ratios), max(2.0, *ratios) * 1.1)
+    axes.set(title="Mean score² over that of chance (1: calibrated)", xlabel="time")
 
 
 def _ends(report: Report, axes: Any) -> None:
