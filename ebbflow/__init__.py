@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ebbflow import diagnostics as diagnostics
     from ebbflow import differentiation as differentiation
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
+    from ebbflow import likelihood as likelihood
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from ebbflow import training as training
     from ebbflow import tuning as tuning
     from ebbflow.denoiser import Denoiser as Denoiser
+    from ebbflow.diagnostics import diagnose as diagnose
     from ebbflow.finite import NonFinite as NonFinite
+    from ebbflow.likelihood import log_likelihood as log_likelihood
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.particles import denoising_mcmc as denoising_mcmc
@@ -53,13 +57,17 @@ _HOMES = {
     "Stage": "plan",
     "Statistics": "statistics",
     "denoising_mcmc": "particles",
+    "diagnose": "diagnostics",
+    "diagnostics": "diagnostics",
     "differentiation": "differentiation",
     "gaussian_flow": "processes",
     "gaussian_prior": "processes",
     "grids": "grids",
     "guidance": "guidance",
     "interop": "interop",
+    "likelihood": "likelihood",
     "load": "storage",
+    "log_likelihood": "likelihood",
     "metrics": "metrics",
     "networks": "networks",
     "noise": "noise",

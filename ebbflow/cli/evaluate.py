@@ -5,9 +5,13 @@ Examples:
   ebbflow evaluate --model fashion-mnist --count 2000   samples of a model
   ebbflow evaluate samples.npz --reference real.npz     against other real pictures
   ebbflow evaluate samples --allow-few --json           fewer pictures than features, for machines
+  ebbflow evaluate real.npz --model fashion-mnist --likelihood      bits a dimension of the pictures
+  ebbflow evaluate real.npz --model fashion-mnist --diagnose --figure report.png
 
 The figures are on the features of a small classifier in the package, trained on Fashion-MNIST:
 compare them with each other and with those of held-out real pictures, at about equal counts.
+With --likelihood they are those of the pictures under the model, uniformly dequantised, without a
+class; a picture of 32 x 32 takes about 4 s on a laptop's core.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from ebbflow.cli._shared import pick_device, print_json, print_table, progress
 
 if TYPE_CHECKING:
     import torch
+
+    from ebbflow.denoiser import Denoiser
 
 
 DRAWN = 1_000
@@ -69,11 +75,27 @@ class Options:
     """Samples drawn at once."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
+    likelihood: bool = False
+    """Bits a dimension of the pictures under --model, of the first 64 unless --count says more."""
+    probes: int = 4
+    """Random directions a picture by which --likelihood estimates its divergence, at least 2."""
+    rtol: float = 1e-3
+    """Relative error of its solver."""
+    diagnose: bool = False
+    """How far --model is from a gradient, calibrated and straight, on the first 16 pictures."""
+    figure: Path | None = None
+    """Where --diagnose draws what it finds, such as report.png."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def run(options: Options) -> None:
+    if options.likelihood and options.diagnose:
+        raise ValueError("give --likelihood or --diagnose, and not both")
+    if options.likelihood:
+        return _likelihood(options)
+    if options.diagnose:
+        return _diagnose(options)
     from ebbflow.metrics import classifier
     from ebbflow.metrics.features import extract
     from ebbflow.metrics.report import Reference, compare
@@ -116,6 +138,55 @@ def run(options: Options) -> None:
         print_json(report)
     else:
         _print(report)
+
+
+def _likelihood(options: Options) -> None:
+    from ebbflow.cli import _likelihood as likelihood
+
+    denoiser, pixels, device = _both(options, "--likelihood", likelihood.COUNT)
+    report = likelihood.measure(
+        denoiser,
+        pixels,
+        probes=options.probes,
+        rtol=options.rtol,
+        seed=options.seed,
+        batch=options.batch or likelihood.BATCH,
+        device=device,
+    )
+    if options.json:
+        print_json({"samples": str(options.samples), "model": options.model, **report})
+    else:
+        likelihood.show(report, f"{options.samples} under {options.model}")
+
+
+def _diagnose(options: Options) -> None:
+    from ebbflow.cli import _diagnose as diagnosis
+
+    denoiser, pixels, device = _both(options, "--diagnose", diagnosis.COUNT)
+    report = diagnosis.measure(denoiser, pixels, options.seed, device)
+    if options.figure is not None:
+        report.save_figure(options.figure)
+    if options.json:
+        wrote = {"samples": str(options.samples), "model": options.model}
+        print_json({**wrote, **report.summary()})
+    else:
+        diagnosis.show(report, f"{options.model} on {len(pixels)} pictures of {options.samples}")
+
+
+def _both(options: Options, what: str, count: int) -> tuple[Denoiser, torch.Tensor, torch.device]:
+    """The model and the first pictures, as it takes them, of a command that needs both."""
+    from ebbflow.cli._models import open_model
+
+    if options.samples is None or options.model is None:
+        raise ValueError(f"{what} needs pictures and a model: ebbflow evaluate real.npz --model M")
+    if options.count is not None and options.count < 1:
+        raise ValueError(f"count must be at least 1, got {options.count}")
+    device = pick_device(options.device)
+    denoiser = open_model(options.model, device)
+    if denoiser.shape is None or len(denoiser.shape) != 3:
+        raise ValueError(f"{what} needs a model of pictures, {options.model} has {denoiser.shape}")
+    pixels, _ = _read(options.samples, denoiser.shape)
+    return denoiser, pixels[: options.count or count], device
 
 
 def _print(report: Mapping[str, Any]) -> None:
