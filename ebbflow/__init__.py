@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebbflow import differentiation as differentiation
+    from ebbflow import editing as editing
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
+    from ebbflow import inversion as inversion
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from ebbflow import tuning as tuning
     from ebbflow.denoiser import Denoiser as Denoiser
     from ebbflow.finite import NonFinite as NonFinite
+    from ebbflow.inversion import Inversion as Inversion
+    from ebbflow.inversion import invert as invert
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.particles import denoising_mcmc as denoising_mcmc
@@ -45,6 +49,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module is its own home.
 _HOMES = {
     "Denoiser": "denoiser",
+    "Inversion": "inversion",
     "ModelStatistics": "solvers.model_statistics",
     "NonFinite": "finite",
     "ParallelResult": "parallel_in_time",
@@ -56,9 +61,12 @@ _HOMES = {
     "differentiation": "differentiation",
     "gaussian_flow": "processes",
     "gaussian_prior": "processes",
+    "editing": "editing",
     "grids": "grids",
     "guidance": "guidance",
     "interop": "interop",
+    "inversion": "inversion",
+    "invert": "inversion",
     "load": "storage",
     "metrics": "metrics",
     "networks": "networks",

@@ -1,0 +1,1 @@
+"""Editing: change what a picture shows through the noise that makes it."""
