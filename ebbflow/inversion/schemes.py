@@ -97,8 +97,9 @@ class BDIA(Scheme):
 
     which is the paper's `z_{i-1} = g z_{i+1} - g DDIM(z_i, i -> i+1) + DDIM(z_i, i -> i-1)` read
     the other way. One call a step; z_1 is DDIM's step from z_0 with the prediction for the scaled
-    z_0 at t_1, so that nothing is evaluated at sigma = 0. At g = 1 the order is 2; below, it is 1
-    and round-off grows as g^-N towards noise: g = 0.5 destroys the picture in 50 steps.
+    z_0 at t_1, so that nothing is evaluated at sigma = 0. At g = 1 the order is 2. Below, it is 1,
+    and what differs from the smooth solution grows as g^-N towards noise: in 50 steps g = 0.9 is
+    harmless, 0.7 makes latents of 3e4, 0.5 of 4e11, and loses a sampled picture to round-off.
     Exact Diffusion Inversion via Bi-directional Integration Approximation.
     """
 
