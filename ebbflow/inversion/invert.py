@@ -68,15 +68,21 @@ class Inversion:
         condition: replaces conditions of the inversion by name, which edits; denoiser: replaces the
         denoiser, such as guidance of another scale.
         """
+        return self.decode(self.latents, denoiser, **condition)
+
+    def decode(
+        self, latents: tuple[Tensor, ...], denoiser: Denoiser | None = None, **condition: Any
+    ) -> Tensor:
+        """The same from other latents, one a register, at the same time."""
         used = self.denoiser if denoiser is None else denoiser
         given = {**self.condition, **condition}
         with torch.no_grad():
-            if isinstance(self.back, Plan) and len(self.latents) == self.back.registers > 1:
+            if isinstance(self.back, Plan) and len(latents) == self.back.registers > 1:
                 # Register 1 of BDIA is one node ahead: at the data.
-                ends = self.back.run(used, self.latents, **given)
+                ends = self.back.run(used, latents, **given)
                 end = ends[0] if self.back.times[-1] == self.start else ends[1]
             else:
-                end = self.back.run(used, self.x1, **given)
+                end = self.back.run(used, latents[0], **given)
         return end / _shrunk(used.schedule, self.start)
 
     @cached_property
@@ -119,7 +125,7 @@ def invert(
         scheme, name = method, method.name
     if times is not None and steps is not None:
         raise ValueError(f"give steps or times, not both (steps={steps})")
-    schedule, exact = denoiser.schedule, isinstance(scheme, Scheme)
+    schedule = denoiser.schedule
     if times is not None:
         nodes = grids.given(times)
         if nodes[1] < nodes[0]:
@@ -130,7 +136,7 @@ def invert(
     else:
         nodes = grids.angle(schedule, grids.check_steps(50 if steps is None else steps))[::-1]
     x0 = require_start(schedule, denoiser, x0)
-    if exact:
+    if isinstance(scheme, Scheme):
         plan = scheme.plan(schedule, nodes)
         back = scheme.back(plan)
         start = angles(Levels.of(schedule, nodes[:1]))[0]
@@ -160,7 +166,7 @@ def invert(
     with torch.no_grad():
         ends = plan.run(denoiser, starts, **condition)
     nearest = min(stage.time for stage in plan.stages)
-    latents = ends if exact else ends[:1]
+    latents = ends if isinstance(scheme, Scheme) else ends[:1]
     return Inversion(
         x0, ends[0], latents, nodes, nearest, plan.nfe, name, back, denoiser, condition
     )
