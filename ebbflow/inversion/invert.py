@@ -135,7 +135,9 @@ def invert(
             )
     else:
         nodes = grids.angle(schedule, grids.check_steps(50 if steps is None else steps))[::-1]
-    x0 = require_start(schedule, denoiser, x0)
+    # One memory layout there and back: convolutions round differently in another, which undoes
+    # exactness at the level of the network's own precision.
+    x0 = require_start(schedule, denoiser, x0).clone(memory_format=torch.contiguous_format)
     if isinstance(scheme, Scheme):
         plan = scheme.plan(schedule, nodes)
         back = scheme.back(plan)

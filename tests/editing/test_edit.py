@@ -120,9 +120,21 @@ def test_null_text_follows_the_pivot():
         plain, x0.shape, solver="ddim", times=found.times, x_init=found.x1, text=text
     )
     assert error < 1e-4 < 1e-1 < (without - found.pivot).abs().max()
-    # In closed form: without guidance's pull, null = condition.
     assert ends(1)[0] > 10 * error
-    torch.testing.assert_close(found.nulls[0]["text"], text, rtol=0, atol=1e-2)
+    # In closed form, from the guided prediction back to the null that makes the first step right.
+    t, s = (torch.tensor([t], dtype=torch.float64) for t in found.times[:2])
+    alpha, sigma = COSINE.alpha(t), COSINE.sigma(t)
+    gain = 0.5 * alpha / (0.5 * alpha**2 + sigma**2)
+    first = editing.null_text(denoiser, x0, scale=1.0, null=null, steps=10, iterations=1, text=text)
+    assert all(torch.equal(n["text"], null["text"]) for n in first.nulls)  # scale 1: no pull
+    kept = COSINE.sigma(s) / sigma
+    step = ef.solvers.get("ddim").plan(COSINE, times=found.times[:2])
+    guided = ClassifierFree(denoiser, 5.0, found.nulls[0])
+    landed = step.run(guided, found.x1, text=text)
+    wanted = (landed - kept * found.x1) / (COSINE.alpha(s) - alpha * kept)
+    absent = (5 * biased(found.x1, t, text) - wanted) / 4
+    expected = (absent - gain * found.x1) / (1 - gain * alpha)
+    torch.testing.assert_close(found.nulls[0]["text"], expected, rtol=0, atol=1e-8)
 
 
 def test_refusals(data):
