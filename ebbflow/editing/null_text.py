@@ -76,6 +76,8 @@ def null_text(
     for name, value in null.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise ValueError(f"null {name!r} must be a floating-point tensor, got {value!r:.40}")
+    if scale == 1:
+        raise ValueError("scale is 1: guidance of scale 1 asks for no null, there is none to learn")
     if iterations < 1 or steps < 2:
         raise ValueError(f"iterations {iterations} and steps {steps}: give at least 1 and 2")
     start = invert(denoiser, x0, method="reversed", steps=steps, **condition)
