@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ebbflow import diagnostics as diagnostics
     from ebbflow import differentiation as differentiation
+    from ebbflow import editing as editing
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
     from ebbflow import likelihood as likelihood
+    from ebbflow import inversion as inversion
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from ebbflow.diagnostics import diagnose as diagnose
     from ebbflow.finite import NonFinite as NonFinite
     from ebbflow.likelihood import log_likelihood as log_likelihood
+    from ebbflow.inversion import Inversion as Inversion
+    from ebbflow.inversion import invert as invert
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.particles import denoising_mcmc as denoising_mcmc
@@ -49,6 +53,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module is its own home.
 _HOMES = {
     "Denoiser": "denoiser",
+    "Inversion": "inversion",
     "ModelStatistics": "solvers.model_statistics",
     "NonFinite": "finite",
     "ParallelResult": "parallel_in_time",
@@ -60,12 +65,15 @@ _HOMES = {
     "diagnose": "diagnostics",
     "diagnostics": "diagnostics",
     "differentiation": "differentiation",
+    "editing": "editing",
     "gaussian_flow": "processes",
     "gaussian_prior": "processes",
     "grids": "grids",
     "guidance": "guidance",
     "interop": "interop",
     "likelihood": "likelihood",
+    "inversion": "inversion",
+    "invert": "inversion",
     "load": "storage",
     "log_likelihood": "likelihood",
     "metrics": "metrics",

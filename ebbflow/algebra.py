@@ -203,7 +203,7 @@ def reverse(plan: Plan) -> Plan:
             )
         inverse = torch.linalg.inv(matrix)
         back = query @ inverse
-        if abs(float(back @ b)) > 1e-12 * float(back.abs() @ b.abs()):
+        if abs(float(back @ b)) > 1e-12 * float(back.norm() * b.norm()):
             raise ValueError(
                 f"stage {k} moves its own query: its inverse is implicit; use an exactly "
                 "invertible scheme, or the solver on increasing times"
