@@ -152,9 +152,11 @@ class System:
         shared = all(dim is None for dim in inner_dims)
         # A new matrix for each problem stands inside the axes that share a matrix.
         place = 0 if shared else self.extra
-        b = b.unsqueeze(place).expand(*b.shape[:place], size, *b.shape[place:]) if (
-            last is None
-        ) else b.movedim(last, place)
+        b = (
+            b.unsqueeze(place).expand(*b.shape[:place], size, *b.shape[place:])
+            if (last is None)
+            else b.movedim(last, place)
+        )
         x0 = torch.zeros_like(b)
         if shared:
             return replace(self, extra=self.extra + 1), x0, [*point, b], place
@@ -190,9 +192,7 @@ class Implicit(torch.autograd.Function):
         x, *theta = ctx.saved_tensors
         u = solve_linear(ctx.equation, x, theta, cotangents[0], transpose=True)
         wanted = [
-            i
-            for i, t in enumerate(theta)
-            if ctx.needs_input_grad[i + 2] and t.is_floating_point()
+            i for i, t in enumerate(theta) if ctx.needs_input_grad[i + 2] and t.is_floating_point()
         ]
         f = only(ctx.equation.residual, x, theta, wanted)
         found = torch.func.vjp(f, *select(theta, wanted))[1](u)

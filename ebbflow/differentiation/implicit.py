@@ -53,7 +53,9 @@ class Layout:
         leaves = pytree.tree_leaves(tree)
         shapes = tuple(leaf.shape for leaf in leaves)
         if sum(s.numel() for s in shapes) != sum(s.numel() for s in self.shapes):
-            raise ValueError(f"{what} has shapes {shapes}, the start {self.shapes}: as many numbers")
+            raise ValueError(
+                f"{what} has shapes {shapes}, the start {self.shapes}: as many numbers"
+            )
         return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
     def unravel(self, x: Tensor) -> Any:
@@ -94,7 +96,10 @@ class Foreign:
     def batched(self, dims: Dims) -> Foreign:
         def call(x0: Tensor, *theta: Tensor) -> Tensor:
             rows = [
-                self.call(x, *(t if d is None else t.select(d, i) for t, d in zip(theta, dims)))
+                self.call(
+                    x,
+                    *(t if d is None else t.select(d, i) for t, d in zip(theta, dims, strict=True)),
+                )
                 for i, x in enumerate(x0)
             ]
             return torch.stack(rows)

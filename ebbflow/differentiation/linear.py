@@ -310,7 +310,9 @@ def with_ridge(operator: Operator, ridge: float) -> Operator:
 
     def dense() -> Tensor:
         matrix = operator.dense()
-        return matrix + ridge * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return matrix + ridge * torch.eye(
+            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+        )
 
     return Operator(
         lambda x: operator.matvec(x) + ridge * x, lambda u: operator.rmatvec(u) + ridge * u, dense

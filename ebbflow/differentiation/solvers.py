@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.linear import CG, Auto, GMRES, LinearSolver, Operator, divide
-from ebbflow.differentiation.linear import push
+from ebbflow.differentiation.linear import CG, GMRES, Auto, LinearSolver, Operator, divide, push
 from ebbflow.differentiation.status import Status, dot, norm
 
 Map = Callable[[Tensor], Tensor]
+
+
+# Newton's steps need not be exact; what they leave over, the next one takes.
+_ANY = Auto(GMRES(tolerance=1e-6))
+_SYMMETRIC = Auto(CG(tolerance=1e-6))
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -184,7 +188,7 @@ class NewtonKrylov(RootSolver):
     """J(x) step = -F(x) by a linear solver on products with J, with halving until |F| falls."""
 
     max_iterations: int = 100
-    linear_solver: LinearSolver = Auto(GMRES(tolerance=1e-6))
+    linear_solver: LinearSolver = _ANY
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
         r, k, reason = function(x), 0, f"max_iterations {self.max_iterations}"
@@ -341,7 +345,7 @@ class Newton(Minimizer):
     """Newton's method with Armijo steps; where the Hessian gives no descent, the gradient's."""
 
     max_iterations: int = 200
-    linear_solver: LinearSolver = Auto(CG(tolerance=1e-6))
+    linear_solver: LinearSolver = _SYMMETRIC
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
         g, k, reason = gradient(function, x), 0, f"max_iterations {self.max_iterations}"
