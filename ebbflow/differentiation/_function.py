@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.linear import LinearSolver, Operator, push
+from ebbflow.differentiation.linear import LinearSolver, Operator, push, tangent_rule
 from ebbflow.differentiation.status import Report, Status, settle
 
 Residual = Callable[..., Tensor]
@@ -203,14 +203,14 @@ class Implicit(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        x, *theta = ctx.saved_tensors
         given = [i for i, t in enumerate(tangents[2:]) if t is not None]
-        if not given:
-            return torch.zeros_like(x)
-        f = only(ctx.equation.residual, x, theta, given)
-        b = push(f, x, select(theta, given), select(tangents[2:], given))
-        b = b * sign_of(ctx.equation)
-        return solve_linear(ctx.equation, x, theta, b, transpose=False)
+        with tangent_rule(*ctx.saved_tensors) as (x, *theta):
+            if not given:
+                return torch.zeros_like(x)
+            f = only(ctx.equation.residual, x, theta, given)
+            b = push(f, x, select(theta, given), select(tangents[2:], given))
+            b = b * sign_of(ctx.equation)
+            return solve_linear(ctx.equation, x, theta, b, transpose=False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Tensor, int]:

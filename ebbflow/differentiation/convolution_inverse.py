@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ebbflow.differentiation.linear import tangent_rule
 from ebbflow.differentiation.status import NotSolved, Status
 
 
@@ -119,11 +120,11 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        y, weight = ctx.saved_tensors
         dx, dw = tangents
-        right = torch.zeros_like(y) if dx is None else dx
-        right = right if dw is None else right - causal_convolution(y, dw)
-        return inverse_convolution(right, weight)
+        with tangent_rule(*ctx.saved_tensors) as (y, weight):
+            right = torch.zeros_like(y) if dx is None else dx
+            right = right if dw is None else right - causal_convolution(y, dw)
+            return inverse_convolution(right, weight)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, int]:

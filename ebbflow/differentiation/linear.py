@@ -7,7 +7,8 @@ lost its way does not report success.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -299,6 +300,19 @@ def push(f: Callable[..., Any], x: Tensor, primals: tuple[Tensor, ...], tangents
         return torch.func.vjp(f, *primals)[1](u)
 
     return torch.func.vjp(pull, torch.zeros_like(x))[1](tuple(tangents))[0]
+
+
+@contextmanager
+def tangent_rule(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The saved tensors of an autograd.Function, inside its `jvp`, for derivatives of any order.
+
+    torch runs `jvp` with forward-mode differentiation off, so that jacfwd(jacfwd(…)) of any
+    Function is silently zero or too small. Here it is on again, for the outer levels alone.
+    """
+    forward = torch.autograd.forward_ad
+    primals = tuple(forward.unpack_dual(x, level=0).primal for x in saved)
+    with forward._set_fwd_grad_enabled(True):
+        yield primals
 
 
 def with_ridge(operator: Operator, ridge: float) -> Operator:

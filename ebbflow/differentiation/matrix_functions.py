@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.linear import tangent_rule
 from ebbflow.differentiation.status import NotSolved, Report, Status, settle
 
 METHODS = ("newton-schulz", "denman-beavers", "eigen", "pade", "taylor")
@@ -147,11 +148,11 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        r, x = ctx.saved_tensors
         dr, dg, _ = tangents
-        right = torch.zeros_like(x) if dg is None else dg
-        right = right if dr is None else right - dr @ x - x @ dr
-        return sylvester_symmetric(r, right, ctx.limit)
+        with tangent_rule(*ctx.saved_tensors) as (r, x):
+            right = torch.zeros_like(x) if dg is None else dg
+            right = right if dr is None else right - dr @ x - x @ dr
+            return sylvester_symmetric(r, right, ctx.limit)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, r: Tensor, g: Tensor, limit: int) -> tuple[Tensor, int]:
@@ -219,8 +220,8 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (root,) = ctx.saved_tensors
-        return _Root.derivative(root, tangents[0], ctx.options[0])
+        with tangent_rule(*ctx.saved_tensors) as (root,):
+            return _Root.derivative(root, tangents[0], ctx.options[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, a: Tensor, options: Any) -> Any:
