@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.blockwise import BSVRB as BSVRB
 from ebbflow.differentiation.blockwise import Blocks as Blocks
 from ebbflow.differentiation.blockwise import bsvrb as bsvrb
 from ebbflow.differentiation.implicit import minimize

@@ -128,8 +128,7 @@ def bsvrb(
 
     def hessians(d: Derivatives) -> Tensor:
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        rows = [d.hessian(row.expand_as(d.g_y)) for row in eye]
-        return torch.stack(rows, -2)
+        return torch.vmap(lambda row: d.hessian(row.expand_as(d.g_y)))(eye).movedim(0, -2)
 
     def track(u: Tensor, now: Tensor, before: Tensor, blocks: Tensor) -> Tensor:
         new = u.clone()
@@ -163,16 +162,15 @@ def bsvrb(
             residual = now.hessian(v[blocks]) - now.f_y
             residual_old = old.hessian(v_old[blocks]) - old.f_y
             new_second = track(second, residual, residual_old, blocks)
-            new_v = v.clone()
-            step = v[blocks] - how.tau_v * new_second[blocks]
+            step = v - how.tau_v * new_second
             length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
-            new_v[blocks] = step * (how.radius / length.clamp_min(how.radius))
+            new_v = step * (how.radius / length.clamp_min(how.radius))
         g = direction(now, blocks, v, new_second)
         g_old = direction(old, blocks, v_old, second_old if how.version == 1 else new_second)
         z = g if k == 0 else (1 - how.beta) * (z - g_old) + g
         x_old, y_old, v_old, second_old = x, y, v, new_second
-        y = y.clone()
-        y[blocks] = y[blocks] - how.tau * s[blocks]
+        # All blocks move along what is tracked of them; γ counts on w changing every step.
+        y = y - how.tau * s
         x, v, second = x - how.eta * z, new_v, new_second
         if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
             raise FloatingPointError(

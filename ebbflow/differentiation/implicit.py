@@ -5,8 +5,9 @@
 State the condition as a Python function and let any solver find x*: derivatives come from the
 condition, not from the iterations, so that memory does not grow with them. They compose with
 autograd, `torch.func.{grad, vjp, jvp, vmap, jacrev, jacfwd, hessian}` and themselves. x and θ are
-tensors or any nesting of tuples, lists and dictionaries of them; everything that the derivative
-is to see must be an argument, and a tensor that is captured instead is refused.
+tensors or any nesting of tuples, lists and dictionaries of them. A tensor that the condition
+captures, such as a parameter of a module, counts as an argument; one that it reaches in a way
+that cannot be followed is refused.
 Efficient and Modular Implicit Differentiation, sections 2.1 and 2.2.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ebbflow.differentiation import linear, solvers
 from ebbflow.differentiation._function import Dims, Equation, Implicit, Residual
+from ebbflow.differentiation.captured import captured, substituted
 from ebbflow.differentiation.linear import LinearSolver
 from ebbflow.differentiation.solvers import FixedPointSolver, Minimizer, RootSolver, Solver
 from ebbflow.differentiation.status import Report, Status
@@ -132,27 +134,40 @@ class Root:
         layout = Layout.of(x0)
         leaves, spec = pytree.tree_flatten(tuple(args))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        given = {id(leaf) for leaf in leaves}
+        lifted = [t for t in captured(self.condition) if id(t) not in given]
 
         def rebuilt(theta: Sequence[Tensor]) -> Any:
             full = list(leaves)
-            for i, value in zip(places, theta, strict=True):
+            for i, value in zip(places, theta, strict=False):
                 full[i] = value
             return pytree.tree_unflatten(full, spec)
 
         def residual(x: Tensor, *theta: Tensor) -> Tensor:
-            tree = self.condition(layout.unravel(x), *rebuilt(theta))
-            return layout.ravel(tree, "the condition's value")
+            with substituted(lifted, theta[len(places) :]):
+                tree = self.condition(layout.unravel(x), *rebuilt(theta))
+                return layout.ravel(tree, "the condition's value")
 
-        inner = self.inner(layout, rebuilt, residual)
-        theta = [leaves[i] for i in places]
+        def iterated(x: Tensor, *theta: Tensor) -> Any:
+            with substituted(lifted, theta[len(places) :]):
+                return self.iterated(layout.unravel(x), *rebuilt(theta))
+
+        inner = self.inner(layout, rebuilt, residual, iterated)
+        theta = [*(leaves[i] for i in places), *lifted]
         start = layout.ravel(x0, "the start").detach()
-        refuse_captured(residual, start, theta)
+        refuse_hidden(residual, start, theta)
         equation = Equation(residual, inner, self.linear_solver, self.report)
         x = Implicit.apply(equation, start, *theta)
         assert isinstance(x, Tensor)
         return layout.unravel(x)
 
-    def inner(self, layout: Layout, rebuilt: Callable[..., Any], residual: Residual) -> Any:
+    def inner(
+        self,
+        layout: Layout,
+        rebuilt: Callable[..., Any],
+        residual: Residual,
+        iterated: Callable[..., Any],
+    ) -> Any:
         """What finds x*, on vectors."""
         solver = self.solver
         if not isinstance(solver, Solver):
@@ -165,20 +180,16 @@ class Root:
 
             return Foreign(call, residual, self.tol)
 
-        def iterated(x: Tensor, *theta: Tensor) -> Tensor:
-            value = self.iterated(layout.unravel(x), *rebuilt(theta))
+        def function(x: Tensor, *theta: Tensor) -> Tensor:
+            value = iterated(x, *theta)
             if isinstance(solver, Minimizer):
                 return value.reshape(())
             return layout.ravel(value, "the function's value")
 
-        function = iterated
         if isinstance(solver, RootSolver):
-            function = residual
-        elif isinstance(solver, FixedPointSolver) and self.iterated is self.condition:
-
-            def function(x: Tensor, *theta: Tensor) -> Tensor:
-                return x + residual(x, *theta)
-
+            return Library(solver, residual)
+        if isinstance(solver, FixedPointSolver) and self.iterated is self.condition:
+            return Library(solver, lambda x, *theta: x + residual(x, *theta))
         return Library(solver, function)
 
 
@@ -265,8 +276,8 @@ def minimize(
     return made if x0 is None else made(x0, *args)
 
 
-def refuse_captured(residual: Residual, x: Tensor, theta: Sequence[Tensor]) -> None:
-    """Raise where the condition depends on a tensor that is differentiated but no argument."""
+def refuse_hidden(residual: Residual, x: Tensor, theta: Sequence[Tensor]) -> None:
+    """Raise where the condition depends on a differentiated tensor that `captured` did not find."""
     inside = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
     def constant(t: Tensor) -> Tensor:
@@ -275,9 +286,6 @@ def refuse_captured(residual: Residual, x: Tensor, theta: Sequence[Tensor]) -> N
             t = inside.get_unwrapped(t)
             t = t.select(place, 0) if place >= 0 else t
         return t.detach()
-
-    with torch.enable_grad():
-        value = residual(constant(x), *map(constant, theta))
 
     def differentiated(t: Tensor) -> bool:
         if t.requires_grad or inside.is_batchedtensor(t):
@@ -288,6 +296,8 @@ def refuse_captured(residual: Residual, x: Tensor, theta: Sequence[Tensor]) -> N
         # Every operation under torch.func.grad is wrapped, whether or not anything depends on it.
         return inside.is_functorch_wrapped_tensor(t) and differentiated(inside.get_unwrapped(t))
 
+    with torch.enable_grad():
+        value = residual(constant(x), *map(constant, theta))
     if differentiated(value):
         raise ValueError(
             "the condition uses a tensor that requires a derivative or is batched and that is not "

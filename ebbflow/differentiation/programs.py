@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ def quadratic_program(
 ) -> Optimum:
     """argmin xᵀQx/2 + cᵀx subject to E x = d and M x <= h; derivatives by the KKT conditions.
 
-    Q (n, n), of which the symmetric part counts, is positive definite on the null space of E; a primal-dual interior point method
-    finds x, LU solves the systems of the derivatives. Where a multiplier and its constraint are
+    Q (n, n), of which the symmetric part counts, is positive definite on the null space of E; an
+    interior point method finds x, LU solves the systems of the derivatives. Where a multiplier and its constraint are
     both zero, or active constraints depend on each other, there is no derivative, and NotSolved.
 
     Raises:
@@ -112,9 +113,13 @@ def interior_point(
     point = _Point(start[0], start[1], torch.ones_like(h), torch.ones_like(h))
     eps = torch.finfo(c.dtype).eps
     size = 1 + max(float(v.abs().max()) if v.numel() else 0.0 for v in (c, d, h))
+    best, least = point, math.inf
     for _ in range(60):
         newton = _Newton(problem, point)
-        if not newton.error > 4 * eps * size:
+        if newton.error < least:
+            best, least = point, newton.error
+        # Past the accuracy that rounding allows, further steps only lose some of it.
+        if not newton.error > 4 * eps * size or newton.error > 100 * least:
             break
         product = point.s * point.z
         predictor = newton.step(product)
@@ -127,4 +132,4 @@ def interior_point(
         if not all(bool(v.isfinite().all()) for v in new):
             break
         point = new
-    return point.x, point.nu, point.z
+    return best.x, best.nu, best.z

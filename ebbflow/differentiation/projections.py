@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebbflow.differentiation.implicit import fixed_point
 from ebbflow.differentiation.solvers import Anderson
+from ebbflow.finite import readable
 
 
 def nonnegative(x: Tensor) -> Tensor:
@@ -91,6 +92,16 @@ def second_order_cone(x: Tensor) -> Tensor:
     return torch.where(length <= t, x, torch.where(length <= -t, 0.0, edge))
 
 
+def _require_same_total(rows: Tensor, columns: Tensor) -> None:
+    gap = (rows.sum() - columns.sum()).abs()
+    limit = torch.finfo(rows.dtype).eps ** 0.5
+    if readable(gap) and gap.item() > limit * (1 + columns.sum().abs().item()):
+        raise ValueError(
+            f"rows add up to {rows.sum().item():.6g}, columns to {columns.sum().item():.6g}; "
+            "the totals must be equal"
+        )
+
+
 def transport_polytope(
     x: Tensor, rows: Tensor, columns: Tensor, tol: float | None = None
 ) -> Tensor:
@@ -100,8 +111,9 @@ def transport_polytope(
     as a fixed point. Smooth and Sparse Optimal Transport, section 3, with a squared norm.
 
     Raises:
-        NotSolved: `rows` and `columns` have different totals, so that there is no such P.
+        ValueError: `rows` and `columns` have different totals, so that there is no such P.
     """
+    _require_same_total(rows, columns)
 
     def potentials(u: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         v = _threshold((x - u.unsqueeze(-1)).mT, columns).squeeze(-1)
@@ -126,6 +138,7 @@ def transport(
     """
     if epsilon <= 0:
         raise ValueError(f"epsilon {epsilon} must be above 0; it is in the unit of the cost")
+    _require_same_total(rows, columns)
 
     def other(u: Tensor, cost: Tensor, columns: Tensor) -> Tensor:
         return columns.log() - torch.logsumexp(u.unsqueeze(-1) - cost / epsilon, 0)

@@ -100,22 +100,25 @@ def lv_hba(
     low = -how.bound if how.equality else 0.0
     theta, multiplier = y, torch.zeros_like(constraint(x, y))
     z = multiplier
-    outer_gradient = torch.func.grad(outer, argnums=(0, 1))
-    inner_gradient = torch.func.grad(inner, argnums=(0, 1))
+
+    def gradient(f: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            at = tuple(t.detach().requires_grad_() for t in at)
+            return torch.autograd.grad(f(*at), at)
+
+    def lagrangian(x: Tensor, theta: Tensor) -> Tensor:
+        return inner(x, theta) + multiplier @ constraint(x, theta)
+
     last = Iterate(x, y, theta, multiplier, z, float("inf"), float("inf"))
     for k in range(steps):
         c = how.penalty * (k + 1) ** how.power
-        value, pull = torch.func.vjp(constraint, x, theta)
-        pulled = pull(multiplier)[1]
-        push = inner_gradient(x, theta)[1] + pulled + (theta - y) / how.gamma1
-        rise = value - (multiplier - z) / how.gamma2
+        push = gradient(lagrangian, x, theta)[1] + (theta - y) / how.gamma1
+        rise = constraint(x, theta) - (multiplier - z) / how.gamma2
         theta = project_inner(theta - how.eta * push)
         multiplier = (multiplier + how.eta * rise).clamp(low, how.bound)
-        fx, fy = outer_gradient(x, y)
-        gx, gy = inner_gradient(x, y)
-        there = inner_gradient(x, theta)[0] + torch.func.vjp(constraint, x, theta)[1](multiplier)[0]
-        dx = fx / c + gx - there
-        dy = fy / c + gy - (y - theta) / how.gamma1
+        dx, dy = gradient(lambda x, y, c=c: outer(x, y) / c + inner(x, y), x, y)
+        dx = dx - gradient(lagrangian, x, theta)[0]
+        dy = dy - (y - theta) / how.gamma1
         before = torch.cat([x.flatten(), y.flatten()])
         x, y = project(x - how.alpha * dx, y - how.alpha * dy)
         z = (z + how.beta * (multiplier - z) / how.gamma2).clamp(low, how.bound)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -55,6 +57,22 @@ def test_transforms_compose_in_any_order() -> None:
     third = vectors @ (-6 * (values + T) ** -4 * (vectors.mT @ A.mT @ Y))
     for transform in (lambda h: jacfwd(hessian(h)), lambda h: jacrev(jacrev(jacrev(h)))):
         assert (transform(f)(T) - third).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_every_nesting_of_forward_and_reverse_agrees(order: int) -> None:
+    """torch itself gives zero for jacfwd(jacfwd(f)) where f is an autograd.Function."""
+
+    def f(t: Tensor) -> Tensor:
+        start = torch.ones((), dtype=torch.float64)
+        return root(lambda x, t: t * x - 1, start, t)
+
+    truth = (-1) ** order * math.factorial(order) * T.item() ** (-order - 1)
+    for transforms in itertools.product((jacrev, jacfwd), repeat=order):
+        derivative = f
+        for transform in transforms:
+            derivative = transform(derivative)
+        assert derivative(T).item() == pytest.approx(truth, rel=1e-8)
 
 
 def test_matrices_may_be_batched_inside_other_batches() -> None:
@@ -198,9 +216,36 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
     assert saved(1.0) == saved(0.2) < 500
 
 
-def test_a_captured_tensor_is_refused_rather_than_ignored() -> None:
+def test_captured_tensors_are_differentiated_like_arguments() -> None:
     def f(t: Tensor) -> Tensor:
-        return minimize(lambda x: ridge(x, t, A), X0).sum()
+        half = A[:] / 2
+        return minimize(lambda x: ridge(x, t, 2 * half), X0)
+
+    for transform in (jacrev, jacfwd, hessian, lambda h: vmap(jacfwd(h))):
+        t = T if transform in (jacrev, jacfwd, hessian) else T.expand(2)
+        assert (transform(f)(t) - transform(solved)(t)).abs().max() < 1e-8
+    t = T.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(t).sum(), t)
+    assert gradient.item() == pytest.approx(jacrev(solved)(T).sum().item(), abs=1e-8)
+
+
+def test_a_module_s_parameters_are_seen() -> None:
+    module = torch.nn.Linear(6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.mul_(0.5)
+    x, z = torch.randn(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    fixed_point(lambda z, x: torch.tanh(module(z) + x), z, x).sum().backward()
+    names = {"weight": module.weight.detach(), "bias": module.bias.detach()}
+    given = grad(lambda p: fixed_point(layer, z, x, p).sum())(names)
+    assert module.weight.grad is not None and module.bias.grad is not None
+    assert torch.allclose(module.weight.grad, given["weight"], atol=1e-9)
+    assert torch.allclose(module.bias.grad, given["bias"], atol=1e-9)
+
+
+def test_a_tensor_that_cannot_be_followed_is_refused_rather_than_ignored() -> None:
+    def f(t: Tensor) -> Tensor:
+        hidden = iter(lambda: t, None)
+        return minimize(lambda x: ridge(x, next(hidden), A), X0).sum()
 
     for use in (lambda: grad(f)(T), lambda: vmap(f)(T.expand(2)), lambda: jacfwd(f)(T)):
         with pytest.raises(ValueError, match="not among its arguments"):
