@@ -35,8 +35,9 @@ def quadratic_program(
     """argmin xᵀQx/2 + cᵀx subject to E x = d and M x <= h; derivatives by the KKT conditions.
 
     Q (n, n), of which the symmetric part counts, is positive definite on the null space of E; an
-    interior point method finds x, LU solves the systems of the derivatives. Where a multiplier and its constraint are
-    both zero, or active constraints depend on each other, there is no derivative, and NotSolved.
+    interior point method finds x, LU solves the systems of the derivatives. Where a multiplier
+    and its constraint are both zero, or active constraints depend on each other, there is no
+    derivative, and NotSolved is raised when one is asked for.
 
     Raises:
         NotSolved: infeasible, unbounded or degenerate.
