@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ebbflow import differentiation as differentiation
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
@@ -52,6 +53,7 @@ _HOMES = {
     "Stage": "plan",
     "Statistics": "statistics",
     "denoising_mcmc": "particles",
+    "differentiation": "differentiation",
     "gaussian_flow": "processes",
     "gaussian_prior": "processes",
     "grids": "grids",
