@@ -39,7 +39,7 @@ def problems(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     return {
         "ridge": {"a": a, "y": y, "at": np.full(60, 3.0)},
         "lasso": {"a": a, "y": y, "at": np.array(20.0)},
-        "svm": {"a": rng.normal(size=(40, 10)), "y": labels, "at": np.array(40.0)},
+        "svm": {"a": rng.normal(size=(40, 10)), "y": labels, "at": np.array(4.0)},
         "program": {
             "q": q @ q.T / 40 + np.eye(40),
             "e": rng.normal(size=(5, 40)),
@@ -73,7 +73,7 @@ def ours(name: str, p: dict[str, Any]) -> Run:
             )
             return fixed_point(condition, torch.zeros(60, dtype=F64), (), at, tol=1e-9)
         if name == "svm":
-            a, y, step = t["a"], t["y"], lasso_step() * 40.0
+            a, y, step = t["a"], t["y"], lasso_step() * 4.0
 
             def dual(x: Tensor, at: Tensor) -> Tensor:
                 return 0.5 * (a.mT @ (y - x)).square().sum() / at + (x * y).sum()

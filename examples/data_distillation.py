@@ -54,9 +54,8 @@ def main() -> None:
         trace.append((loss.item(), accuracy))
         if k % 5 == 4:
             seconds = time.perf_counter() - start
-            print(
-                f"step {k + 1}  loss {loss.item():.3f}  test accuracy {accuracy:.3f}  {seconds:.0f} s"
-            )
+            figures = f"loss {loss.item():.3f}  test accuracy {accuracy:.3f}"
+            print(f"step {k + 1}  {figures}  {seconds:.0f} s")
     figure, axes = plt.subplots(2, 6, figsize=(11, 4))
     flat = axes.flatten()
     for axis, image, label in zip(flat, images.detach(), labels, strict=False):

@@ -5,7 +5,7 @@
 Pixels with the same i + j do not need each other: H + W - 1 sequential steps, forward and
 backward, instead of H · W. The cotangent solves the transposed system, the same inverse on
 flipped images:  x̄ = λ,  λ_p = W_0⁻ᵀ (ȳ_p - Σ W_Δᵀ λ_{p+Δ}),  W̄_Δ = -Σ_p λ_p y_{p-Δ}ᵀ.
-Inverse-Flow: parallel backpropagation for the inverse of a convolution.
+Parallel Backpropagation for Inverse of a Convolution with Application to Normalizing Flows.
 """
 
 from __future__ import annotations
