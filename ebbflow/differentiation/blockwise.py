@@ -90,7 +90,7 @@ def derivatives(problem: Blocks, blocks: Tensor, x: Tensor, y: Tensor, sample: A
         )
 
     f_x, f_y = gradient(problem.outer, x, y)
-    g_y, pull = torch.func.vjp(lambda x, y: gradient(problem.inner, x, y)[1], x, y)
+    g_y, pull = torch.func.vjp(lambda x, y: gradient(problem.inner, x, y)[1], x, y)[:2]
     size = len(blocks)
     return Derivatives(f_x / size, f_y, g_y, lambda v: pull(v)[0] / size, lambda v: pull(v)[1])
 

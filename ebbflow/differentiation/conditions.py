@@ -111,7 +111,7 @@ def kkt(
         total = torch.func.grad(objective)(x, *_tuple(thetas[0]))
         rest: list[Tensor] = []
         for constraint, dual, theta in zip(constraints, multipliers, thetas[1:], strict=True):
-            value, pull = torch.func.vjp(lambda x, c=constraint, t=theta: c(x, *_tuple(t)), x)
+            value, pull = torch.func.vjp(lambda x, c=constraint, t=theta: c(x, *_tuple(t)), x)[:2]
             total = total + pull(dual)[0]
             rest.append(value if constraint is equality else dual * value)
         return (total, *rest)

@@ -192,8 +192,9 @@ class _Root(torch.autograd.Function):
         product = root @ n @ root - _eye(n) if inverse else root @ root - n
         residual = torch.linalg.matrix_norm(product)
         residual = residual / (a.shape[-1] ** 0.5 if inverse else 1.0)
-        goal = {"pade": 1e-2, "taylor": 5e-2}.get(method, torch.finfo(a.dtype).eps ** 0.5)
-        goal = goal if tol is None else tol
+        goal: float = {"pade": 1e-2, "taylor": 5e-2}.get(method, torch.finfo(a.dtype).eps ** 0.5)
+        if tol is not None:
+            goal = tol
         good = residual <= goal
         reason = "converged" if bool(good.all()) else "not positive definite, or ill-conditioned"
         settle(Status(f"square root by {method}", residual, goal, k, good, reason), report)

@@ -52,6 +52,10 @@ class Solver:
                 f"{self.tolerance} at least 0"
             )
 
+    def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
+        """The solution from x, and how it was reached."""
+        raise NotImplementedError
+
     def goal(self, x: Tensor) -> float:
         return default_tolerance(x.dtype) if self.tolerance is None else self.tolerance
 
@@ -367,7 +371,7 @@ class Newton(Minimizer):
 
 def gradient(function: Map, x: Tensor) -> Tensor:
     """∇f of each problem, (*batch, n)."""
-    value, pull = torch.func.vjp(function, x)
+    value, pull = torch.func.vjp(function, x)[:2]
     return pull(torch.ones_like(value))[0]
 
 
