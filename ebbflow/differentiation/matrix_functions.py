@@ -192,7 +192,8 @@ class _Root(torch.autograd.Function):
         product = root @ n @ root - _eye(n) if inverse else root @ root - n
         residual = torch.linalg.matrix_norm(product)
         residual = residual / (a.shape[-1] ** 0.5 if inverse else 1.0)
-        goal: float = {"pade": 1e-2, "taylor": 5e-2}.get(method, torch.finfo(a.dtype).eps ** 0.5)
+        budgets = {"pade": 1e-2, "taylor": 5e-2}
+        goal = budgets[method] if method in budgets else torch.finfo(a.dtype).eps ** 0.5
         if tol is not None:
             goal = tol
         good = residual <= goal
