@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.linear import LinearSolver, Operator, push, tangent_rule
+from ebbflow.differentiation.linear import LinearSolver, Operator
 from ebbflow.differentiation.status import Report, Status, settle
+from ebbflow.differentiation.tangents import push, tangent_rule
 
 Residual = Callable[..., Tensor]
 """(x (n,), *θ) -> (n,)."""

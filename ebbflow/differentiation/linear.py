@@ -7,10 +7,9 @@ lost its way does not report success.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -291,28 +290,6 @@ class Auto:
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
         solver = Direct() if b.shape[-1] <= self.largest_dense else self.iterative
         return solver(operator, b)
-
-
-def push(f: Callable[..., Any], x: Tensor, primals: tuple[Tensor, ...], tangents: Any) -> Tensor:
-    """The forward derivative of `f`, whose value is like `x`: the transpose of the reverse one."""
-
-    def pull(u: Tensor) -> Any:
-        return torch.func.vjp(f, *primals)[1](u)
-
-    return torch.func.vjp(pull, torch.zeros_like(x))[1](tuple(tangents))[0]
-
-
-@contextmanager
-def tangent_rule(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The saved tensors of an autograd.Function, inside its `jvp`, for derivatives of any order.
-
-    torch runs `jvp` with forward-mode differentiation off, so that jacfwd(jacfwd(…)) of any
-    Function is silently zero or too small. Here it is on again, for the outer levels alone.
-    """
-    forward = torch.autograd.forward_ad
-    primals = tuple(forward.unpack_dual(x, level=0).primal for x in saved)
-    with forward._set_fwd_grad_enabled(True):
-        yield primals
 
 
 def with_ridge(operator: Operator, ridge: float) -> Operator:
