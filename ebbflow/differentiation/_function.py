@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.derivatives import pullback, pushforward, tangent_rule
 from ebbflow.differentiation.linear import LinearSolver, Operator
 from ebbflow.differentiation.status import Report, Status, settle
-from ebbflow.differentiation.tangents import push, tangent_rule
 
 Residual = Callable[..., Tensor]
 """(x (n,), *θ) -> (n,)."""
@@ -110,23 +110,7 @@ class System:
         def f(z: Tensor) -> Tensor:
             return -self.parent.residual(z, *theta)
 
-        def reverse(u: Tensor) -> Tensor:
-            return torch.func.vjp(f, x)[1](u)[0]
-
-        def forward(v: Tensor) -> Tensor:
-            return push(f, x, (x,), (v,))
-
-        def dense() -> Tensor:
-            n = x.shape[-1]
-            eye = torch.eye(n, dtype=x.dtype, device=x.device)
-            eye = eye.view(n, *[1] * self.parent.batch, n).expand(n, *x.shape)
-            # Row i of the Jacobian is the product of e_i with its transpose.
-            rows = torch.vmap(reverse)(eye).movedim(0, -2)
-            return rows.mT if self.transpose else rows
-
-        if self.transpose:
-            return Operator(reverse, forward, dense)
-        return Operator(forward, reverse, dense)
+        return Operator.of_jacobian(f, x, self.transpose)
 
     def residual(self, v: Tensor, x: Tensor, *theta_b: Tensor) -> Tensor:
         *theta, b = theta_b
@@ -196,7 +180,7 @@ class Implicit(torch.autograd.Function):
             i for i, t in enumerate(theta) if ctx.needs_input_grad[i + 2] and t.is_floating_point()
         ]
         f = only(ctx.equation.residual, x, theta, wanted)
-        found = torch.func.vjp(f, *select(theta, wanted))[1](u)
+        found = pullback(f, *select(theta, wanted))[1](u)
         gradients: list[Tensor | None] = [None] * len(theta)
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient * sign_of(ctx.equation)
@@ -209,7 +193,7 @@ class Implicit(torch.autograd.Function):
             if not given:
                 return torch.zeros_like(x)
             f = only(ctx.equation.residual, x, theta, given)
-            b = push(f, x, select(theta, given), select(tangents[2:], given))
+            b = pushforward(f, x, *select(theta, given))(*select(tangents[2:], given))
             b = b * sign_of(ctx.equation)
             return solve_linear(ctx.equation, x, theta, b, transpose=False)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ebbflow.differentiation.derivatives import gradient, pullback
 from ebbflow.differentiation.projections import second_order_cone
 
 Function = Callable[..., Any]
@@ -25,14 +26,14 @@ def _tuple(arguments: Any) -> tuple[Any, ...]:
 
 def stationary(objective: Function) -> Function:
     """F = ∇₁f(x, *θ), a root."""
-    return torch.func.grad(objective)
+    return gradient(objective)
 
 
 def gradient_descent(objective: Function, step: float) -> Function:
     """T = x - η ∇₁f(x, *θ), a fixed point with the root of `stationary`."""
 
     def fixed(x: Any, *theta: Any) -> Any:
-        g = torch.func.grad(objective)(x, *theta)
+        g = gradient(objective)(x, *theta)
         return pytree.tree_map(lambda a, b: a - step * b, x, g)
 
     return fixed
@@ -45,7 +46,7 @@ def proximal_gradient(objective: Function, prox: Function, step: float) -> Funct
     """
 
     def fixed(x: Tensor, theta: Any, theta_prox: Any = ()) -> Tensor:
-        g = torch.func.grad(objective)(x, *_tuple(theta))
+        g = gradient(objective)(x, *_tuple(theta))
         return prox(x - step * g, *_tuple(theta_prox))
 
     return fixed
@@ -62,7 +63,7 @@ def block_proximal_gradient(
     """T_b = prox_b(x_b - η_b ∇_b f(x, θ_f), θ_b) for x a tuple of blocks, θ_g a tuple of theirs."""
 
     def fixed(x: tuple[Tensor, ...], theta: Any, theta_prox: tuple[Any, ...]) -> Any:
-        g = torch.func.grad(objective)(x, *_tuple(theta))
+        g = gradient(objective)(x, *_tuple(theta))
         parts = zip(proxes, x, steps, g, theta_prox, strict=True)
         return tuple(prox(b - s * d, *_tuple(t)) for prox, b, s, d, t in parts)
 
@@ -78,7 +79,7 @@ def mirror_descent(
     """
 
     def fixed(x: Tensor, theta: Any, theta_projection: Any = ()) -> Tensor:
-        g = torch.func.grad(objective)(x, *_tuple(theta))
+        g = gradient(objective)(x, *_tuple(theta))
         return projection(mirror_map(x) - step * g, *_tuple(theta_projection))
 
     return fixed
@@ -108,10 +109,10 @@ def kkt(
     def condition(z: tuple[Tensor, ...], *thetas: Any) -> tuple[Tensor, ...]:
         x, *multipliers = z
         constraints = [c for c in (equality, inequality) if c is not None]
-        total = torch.func.grad(objective)(x, *_tuple(thetas[0]))
+        total = gradient(objective)(x, *_tuple(thetas[0]))
         rest: list[Tensor] = []
         for constraint, dual, theta in zip(constraints, multipliers, thetas[1:], strict=True):
-            value, pull = torch.func.vjp(lambda x, c=constraint, t=theta: c(x, *_tuple(t)), x)[:2]
+            value, pull = pullback(lambda x, c=constraint, t=theta: c(x, *_tuple(t)), x)
             total = total + pull(dual)[0]
             rest.append(value if constraint is equality else dual * value)
         return (total, *rest)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ebbflow.differentiation.derivatives import tangent_rule
 from ebbflow.differentiation.status import NotSolved, Status
-from ebbflow.differentiation.tangents import tangent_rule
 
 
 def causal_convolution(y: Tensor, weight: Tensor) -> Tensor:

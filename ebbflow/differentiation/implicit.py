@@ -24,6 +24,7 @@ from torch import Tensor
 from ebbflow.differentiation import linear, solvers
 from ebbflow.differentiation._function import Dims, Equation, Implicit, Residual
 from ebbflow.differentiation.captured import captured, substituted
+from ebbflow.differentiation.derivatives import gradient
 from ebbflow.differentiation.linear import LinearSolver
 from ebbflow.differentiation.solvers import FixedPointSolver, Minimizer, RootSolver, Solver
 from ebbflow.differentiation.status import Report, Status
@@ -222,8 +223,8 @@ def root(
     Args:
         optimality: F(x, *args), as many numbers as x.
         x0: where the solver starts; it receives no derivative.
-        solver: "newton-krylov", "broyden", "anderson", "picard" (these two on x + F), "bisection",
-            one of `solvers`, or a function (x0, *args) -> x.
+        solver: "newton-krylov", "broyden", "bisection", on x + F "anderson", "anderson-newton" and
+            "picard", one of `solvers`, or a function (x0, *args) -> x.
         linear_solver: "auto" (LU up to 256 unknowns, then GMRES), "cg", "normal-cg", "gmres",
             "bicgstab", "direct", or one of `linear`.
         tol: of |F(x)| / (1 + |x|): eps^0.7 for the package's solvers; a given function's answer
@@ -270,7 +271,7 @@ def minimize(
     Solvers are "lbfgs", "newton", "gradient-descent" and those of `root`; the linear solver is LU
     up to 256 unknowns, then CG, unless given.
     """
-    condition = torch.func.grad(objective)
+    condition = gradient(objective)
     systems = linear.Auto(linear.CG()) if linear_solver is None else linear.get(linear_solver)
     made = Root(condition, objective, chosen(solver, tol), systems, tol, report)
     return made if x0 is None else made(x0, *args)

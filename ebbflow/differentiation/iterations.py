@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ebbflow.differentiation.linear import GMRES, Auto, LinearSolver, Operator, divide
 from ebbflow.differentiation.status import Status, dot, norm
-from ebbflow.differentiation.tangents import push
 
 Map = Callable[[Tensor], Tensor]
 
@@ -114,33 +113,69 @@ class Anderson(FixedPointSolver):
     ridge: float = 1e-12
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        xs: list[Tensor] = []
-        rs: list[Tensor] = []
+        # Differences of successive pairs, each over the length of its r: the least-squares
+        # problem stays well conditioned while they shrink.
+        dx, dr = (x.new_zeros(*x.shape, self.memory) for _ in range(2))
         r, k = function(x) - x, 0
         while k < self.max_iterations:
             active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
             if not bool(active.any()):
                 break
-            k += 1
-            xs, rs = [*xs, x][-self.memory :], [*rs, r][-self.memory :]
-            x = torch.where(active, self.mixed(xs, rs), x)
-            r = torch.where(active, function(x) - x, r)
+            new = torch.where(active, x + r - self.correction(dx, dr, r), x)
+            there = torch.where(active, function(new) - new, r)
+            size = norm(there - r).unsqueeze(-1)
+            dx[..., k % self.memory] = divide(new - x, size)
+            dr[..., k % self.memory] = divide(there - r, size)
+            x, r, k = new, there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
-    def mixed(self, xs: list[Tensor], rs: list[Tensor]) -> Tensor:
-        """T of the past's best mixture; differences from the newest pair keep it accurate."""
-        x, r = xs[-1], rs[-1]
-        if len(xs) == 1:
-            return x + r
-        dx = torch.stack([past - x for past in xs[:-1]], -1)
-        dr = torch.stack([past - r for past in rs[:-1]], -1)
-        gram = dr.mT @ dr
-        scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).unsqueeze(-1)
-        eye = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-        gram = gram + (self.ridge * scale + torch.finfo(x.dtype).tiny) * eye
-        weights = torch.linalg.solve_ex(gram, dr.mT @ r.unsqueeze(-1))[0]
+    def correction(self, dx: Tensor, dr: Tensor, r: Tensor) -> Tensor:
+        """What takes T(x) to T of the past's best mixture."""
+        eye = torch.eye(self.memory, dtype=r.dtype, device=r.device)
+        gram, target = dr.mT @ dr + self.ridge * eye, dr.mT @ r.unsqueeze(-1)
+        weights = torch.linalg.solve_ex(gram, target)[0]
         weights = torch.where(weights.isfinite(), weights, 0.0)
-        return x + r - ((dx + dr) @ weights).squeeze(-1)
+        return ((dx + dr) @ weights).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class AndersonNewton(FixedPointSolver):
+    """Anderson's steps, and from time to time Newton's for as long as each gains a digit.
+
+    For maps of several smooth pieces, as proximal and projected gradient steps are: Anderson's
+    steps find the piece, Newton's end on it.
+
+    Args:
+        patience: Anderson's steps before Newton's are tried, doubled when they fail.
+    """
+
+    memory: int = 8
+    patience: int = 10
+    linear_solver: LinearSolver = _ANY
+
+    def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
+        def residual(x: Tensor) -> Tensor:
+            return function(x) - x
+
+        r, k, patience = residual(x), 0, self.patience
+        while k < self.max_iterations and bool((relative(r, x) > self.goal(x)).any()):
+            steps = min(patience, self.max_iterations - k)
+            x, _ = Anderson(self.tolerance, steps, self.memory)(function, x)
+            r, k, gained = residual(x), k + steps, False
+            while k < self.max_iterations:
+                active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
+                if not bool(active.any()):
+                    break
+                step = self.linear_solver(Operator.of_jacobian(residual, x), -r).x
+                new = torch.where(step.isfinite(), x + step, x)
+                there = residual(new)
+                better = active & (norm(there) < 0.1 * norm(r)).unsqueeze(-1)
+                if not bool(better.any()):
+                    break
+                x, r = torch.where(better, new, x), torch.where(better, there, r)
+                k, gained = k + 1, True
+            patience = patience if gained else 2 * patience
+        return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +236,7 @@ class NewtonKrylov(RootSolver):
             if not bool(active.any()):
                 break
             k += 1
-            step = self.linear_solver(jacobian(function, x), -r).x
+            step = self.linear_solver(Operator.of_jacobian(function, x), -r).x
             step = torch.where(active & step.isfinite(), step, 0.0)
             size, t = norm(r).unsqueeze(-1), torch.ones_like(r[..., :1])
             for _ in range(30):
@@ -246,19 +281,3 @@ class Bisection(RootSolver):
             low, high = torch.where(left, x, low), torch.where(left, high, x)
             x = (low + high) / 2
         return x, self.status(x, function(x), k, "the function jumps at its root")
-
-
-def jacobian(function: Map, x: Tensor) -> Operator:
-    """Products with the Jacobian of `function` at x, a block a problem."""
-    pull = torch.func.vjp(function, x)[1]
-
-    def dense() -> Tensor:
-        n = x.shape[-1]
-        eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        eye = eye.view(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
-        return torch.vmap(lambda u: pull(u)[0])(eye).movedim(0, -2)
-
-    def forward(v: Tensor) -> Tensor:
-        return push(function, x, (x,), (v,))
-
-    return Operator(forward, lambda u: pull(u)[0], dense)

@@ -8,12 +8,13 @@ lost its way does not report success.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.derivatives import lazily, pullback, pushforward
 from ebbflow.differentiation.status import Status, dot, norm
 
 Product = Callable[[Tensor], Tensor]
@@ -23,7 +24,7 @@ Product = Callable[[Tensor], Tensor]
 class Operator:
     """A linear map: `matvec` x -> A x, `rmatvec` u -> Aᵀu, and `dense()` -> A (*batch, n, n).
 
-    `dense()` may have fewer leading axes, of size 1 or none, where problems share their matrix.
+    `dense()` may lack the first axes of the batch, where those problems share their matrix.
     """
 
     matvec: Product
@@ -38,6 +39,31 @@ class Operator:
             lambda u: (matrix.mT @ u.unsqueeze(-1)).squeeze(-1),
             lambda: matrix,
         )
+
+    @classmethod
+    def of_jacobian(cls, f: Product, x: Tensor, transpose: bool = False) -> Operator:
+        """The Jacobian of `f` at x (*batch, n), a block a problem, or its transpose.
+
+        One graph serves all products of a kind.
+        """
+        pull = lazily(lambda: pullback(f, x)[1])
+        push = lazily(lambda: pushforward(f, x, x))
+
+        def reverse(u: Tensor) -> Tensor:
+            return pull()(u)[0]
+
+        def forward(v: Tensor) -> Tensor:
+            return push()(v)
+
+        def dense() -> Tensor:
+            n, product = x.shape[-1], pull()
+            eye = torch.eye(n, dtype=x.dtype, device=x.device)
+            eye = eye.view(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
+            # Row i of the Jacobian is the product of e_i with its transpose.
+            rows = torch.vmap(lambda u: product(u)[0])(eye).movedim(0, -2)
+            return rows.mT if transpose else rows
+
+        return cls(reverse, forward, dense) if transpose else cls(forward, reverse, dense)
 
 
 @dataclass(frozen=True)
@@ -206,13 +232,14 @@ class GMRES:
         operator = with_ridge(operator, self.ridge)
         rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
         x, k, reason = torch.zeros_like(b), 0, f"max_iterations {cap}"
-        left = norm(b).unsqueeze(-1)
+        r, left = b, norm(b).unsqueeze(-1)
         while k < cap and bool((left > goal).any()):
             length = min(self.restart, b.shape[-1], cap - k)
-            step, done = self.cycle(operator, b - operator.matvec(x), length, goal)
+            step, done = self.cycle(operator, r, length, goal)
             k += done
             x = x + torch.where(left > goal, step, 0.0)
-            before, left = left, norm(b - operator.matvec(x)).unsqueeze(-1)
+            r = b - operator.matvec(x)
+            before, left = left, norm(r).unsqueeze(-1)
             if bool(((left > goal) & (left > 0.9999 * before)).any()):
                 reason = "stagnation: the matrix is singular, or `restart` is too short"
                 break
@@ -222,31 +249,34 @@ class GMRES:
     def cycle(operator: Operator, r: Tensor, length: int, goal: Tensor) -> tuple[Tensor, int]:
         """The best step in a Krylov space of dimension `length`, and the dimension it needed."""
         beta = norm(r).unsqueeze(-1)
-        basis = [divide(r, beta)]
+        basis = r.new_zeros(*r.shape[:-1], length + 1, r.shape[-1])
+        basis[..., 0, :] = divide(r, beta)
         hessenberg = r.new_zeros(*r.shape[:-1], length + 1, length)
         target = r.new_zeros(*r.shape[:-1], length + 1, 1)
         target[..., 0, :] = beta
-        y = target
+        y, eps = target, torch.finfo(r.dtype).eps
         for j in range(length):
-            w = operator.matvec(basis[j])
-            span = torch.stack(basis, -2)
+            w = operator.matvec(basis[..., j, :])
+            span, before = basis[..., : j + 1, :], norm(w).unsqueeze(-1)
             # Gram-Schmidt twice: once is not orthogonal enough at 1e-10.
             for _ in range(2):
                 h = (span @ w.unsqueeze(-1)).squeeze(-1)
                 hessenberg[..., : j + 1, j] += h
                 w = w - (h.unsqueeze(-2) @ span).squeeze(-2)
             height = norm(w).unsqueeze(-1)
-            scale = torch.linalg.vector_norm(hessenberg[..., : j + 1, j], dim=-1, keepdim=True)
-            height = torch.where(height > 10 * torch.finfo(r.dtype).eps * scale, height, 0.0)
+            height = torch.where(height > 10 * eps * before, height, 0.0)
             hessenberg[..., j + 1, j] = height.squeeze(-1)
-            basis.append(divide(w, height))
+            basis[..., j + 1, :] = divide(w, height)
+            # The small problem costs more than a step does: not after every one.
+            full = not bool((height > 0).any())
+            if not full and j % 4 != 3 and j + 1 < length:
+                continue
             part = hessenberg[..., : j + 2, : j + 1]
             y = torch.linalg.pinv(part) @ target[..., : j + 2, :]
             left = torch.linalg.vector_norm(target[..., : j + 2, :] - part @ y, dim=(-2, -1))
-            if bool((left.unsqueeze(-1) <= 0.5 * goal).all()) or not bool((height > 0).any()):
+            if full or bool((left.unsqueeze(-1) <= 0.5 * goal).all()):
                 break
-        span = torch.stack(basis[: y.shape[-2]], -2)
-        return (y.mT @ span).squeeze(-2), y.shape[-2]
+        return (y.mT @ basis[..., : y.shape[-2], :]).squeeze(-2), y.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -260,24 +290,22 @@ class Direct:
     ridge: float = 0.0
 
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
-        operator = with_ridge(operator, self.ridge)
         n, rtol = b.shape[-1], limits(b, self.tolerance, None)[0]
-        matrix = operator.dense()
+        matrix = with_ridge(operator, self.ridge).dense()
         factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        probe = torch.ones_like(b)
-        probe[..., 1::2] = -1.0
-        both = torch.stack([b, probe], -1)
-        both = torch.linalg.lu_solve(factors, pivots, both)
-        x, test = both.unbind(-1)
-        size = torch.linalg.matrix_norm(matrix, ord=1)
-        condition = size * norm(test) / n**0.5
-        worst = 1 / (10 * n * torch.finfo(b.dtype).eps)
-        sound = torch.isfinite(condition) & (condition < worst)
-        result = finished("LU", operator, b, x, 1, rtol, "the matrix is ill-conditioned")
-        status = result.status
-        converged = status.converged & sound
-        why = status.reason if bool(sound.all()) else "the matrix is singular to rounding"
-        return LinearResult(x, Status("LU", status.residual, rtol, 1, converged, why))
+        # Problems that share a matrix are columns of one right-hand side.
+        columns = b.reshape(-1, *matrix.shape[:-1]).movedim(0, -1)
+        probe = torch.ones_like(columns[..., :1])
+        probe[..., 1::2, :] = -1.0
+        solved = torch.linalg.lu_solve(factors, pivots, torch.cat([columns, probe], -1))
+        x, test = solved[..., :-1].movedim(-1, 0).reshape(b.shape), solved[..., -1]
+        condition = torch.linalg.matrix_norm(matrix, ord=1) * norm(test) / n**0.5
+        sound = torch.isfinite(condition) & (condition < 1 / (10 * n * torch.finfo(b.dtype).eps))
+        end = finished("LU", Operator.of(matrix), b, x, 1, rtol, "the matrix is ill-conditioned")
+        if bool(sound.all()):
+            return end
+        why, converged = "the matrix is singular to rounding", end.status.converged & sound
+        return LinearResult(x, replace(end.status, converged=converged, reason=why))
 
 
 @dataclass(frozen=True)

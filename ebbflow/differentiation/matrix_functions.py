@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.derivatives import tangent_rule
 from ebbflow.differentiation.status import NotSolved, Report, Status, settle
-from ebbflow.differentiation.tangents import tangent_rule
 
 METHODS = ("newton-schulz", "denman-beavers", "eigen", "pade", "taylor")
 

@@ -6,16 +6,39 @@ A gradient is counted as small when |∇f(x)| <= tolerance (1 + |x|).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.iterations import Map, Solver, jacobian, relative
-from ebbflow.differentiation.linear import CG, Auto, LinearSolver, divide
+from ebbflow.differentiation.derivatives import pullback
+from ebbflow.differentiation.iterations import Map, Solver, relative
+from ebbflow.differentiation.linear import CG, Auto, LinearSolver, Operator, divide
 from ebbflow.differentiation.status import Status, dot, norm
 
 # Newton's steps need not be exact; what they leave over, the next one takes.
 _SYMMETRIC = Auto(CG(tolerance=1e-6))
+
+
+class _Point(NamedTuple):
+    """x (*batch, n), f(x) (*batch,) and ∇f(x)."""
+
+    x: Tensor
+    value: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def at(cls, function: Map, x: Tensor) -> _Point:
+        value, pull = pullback(function, x)
+        return cls(x, value, pull(torch.ones_like(value))[0])
+
+    def where(self, condition: Tensor, other: _Point) -> _Point:
+        """This one where the condition (*batch, 1) holds."""
+        return _Point(
+            torch.where(condition, self.x, other.x),
+            torch.where(condition.squeeze(-1), self.value, other.value),
+            torch.where(condition, self.gradient, other.gradient),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,25 +50,23 @@ class Minimizer(Solver):
 
     @staticmethod
     def line_search(
-        function: Map, x: Tensor, g: Tensor, step: Tensor, active: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        function: Map, at: _Point, step: Tensor, active: Tensor
+    ) -> tuple[_Point, Tensor]:
         """Armijo's rule; within rounding of the value, a smaller gradient counts as progress."""
-        value, slope = function(x).unsqueeze(-1), dot(g, step)
-        noise = 10 * torch.finfo(x.dtype).eps * value.abs()
-        t, size = torch.ones_like(slope), norm(g).unsqueeze(-1)
-        new, good = x, torch.zeros_like(active)
+        value, slope = at.value.unsqueeze(-1), dot(at.gradient, step)
+        noise = 10 * torch.finfo(step.dtype).eps * value.abs()
+        t, size = torch.ones_like(slope), norm(at.gradient).unsqueeze(-1)
+        new, good = at, torch.zeros_like(active)
         for _ in range(40):
-            new = x + t * step
-            there = function(new).unsqueeze(-1)
-            good = there <= value + 1e-4 * t * slope
-            close = (there <= value + noise) & ~good
-            if bool((close & active).any()):
-                good = good | (close & (norm(gradient(function, new)).unsqueeze(-1) < size))
+            new = _Point.at(function, at.x + t * step)
+            there = new.value.unsqueeze(-1)
+            smaller = norm(new.gradient).unsqueeze(-1) < size
+            good = (there <= value + 1e-4 * t * slope) | ((there <= value + noise) & smaller)
             if bool((good | ~active).all()):
                 break
             t = torch.where(good, t, t / 2)
         moved = active & good
-        return torch.where(moved, new, x), moved
+        return new.where(moved, at), moved
 
 
 @dataclass(frozen=True)
@@ -56,14 +77,14 @@ class GradientDescent(Minimizer):
     max_iterations: int = 10000
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        g, k = gradient(function, x), 0
+        g, k = _Point.at(function, x).gradient, 0
         while k < self.max_iterations:
             active = (relative(g, x) > self.goal(x)).unsqueeze(-1)
             if not bool(active.any()):
                 break
             k += 1
             x = torch.where(active, x - self.step * g, x)
-            g = torch.where(active, gradient(function, x), g)
+            g = torch.where(active, _Point.at(function, x).gradient, g)
         return x, self.status(x, g, k, f"max_iterations {self.max_iterations}")
 
 
@@ -76,42 +97,51 @@ class LBFGS(Minimizer):
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
         pairs: list[tuple[Tensor, Tensor]] = []
-        g, k, reason = gradient(function, x), 0, f"max_iterations {self.max_iterations}"
+        at, k, reason = _Point.at(function, x), 0, f"max_iterations {self.max_iterations}"
         while k < self.max_iterations:
-            active = (relative(g, x) > self.goal(x)).unsqueeze(-1)
+            active = (relative(at.gradient, at.x) > self.goal(x)).unsqueeze(-1)
             if not bool(active.any()):
                 break
             k += 1
-            step = -self.inverse_hessian(pairs, g)
-            new, moved = self.line_search(function, x, g, step, active)
+            step = -self.inverse_hessian(pairs, at.gradient)
+            new, moved = self.line_search(function, at, step, active)
             if not bool(moved.any()):
                 if not pairs:
                     reason = "no step makes the objective smaller"
                     break
                 pairs = []
                 continue
-            there = torch.where(moved, gradient(function, new), g)
-            pairs = [*pairs, (new - x, there - g)][-self.memory :]
-            x, g = new, there
-        return x, self.status(x, g, k, reason)
+            pair = self.pair(new.x - at.x, new.gradient - at.gradient)
+            pairs, at = [*pairs, pair][-self.memory :], new
+        return at.x, self.status(at.x, at.gradient, k, reason)
+
+    @staticmethod
+    def pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Both over |y|; zero where the curvature is not positive, which leaves the pair out."""
+        size = torch.where(dot(s, y) > 0, norm(y).unsqueeze(-1), 0.0)
+        return divide(s, size), divide(torch.where(size > 0, y, 0.0), size)
 
     @staticmethod
     def inverse_hessian(pairs: list[tuple[Tensor, Tensor]], g: Tensor) -> Tensor:
-        """The two-loop recursion; pairs without positive curvature are left out."""
+        """The compact form: γ g + S q - γ Y p with small triangular systems for p and q.
+
+        Representations of Quasi-Newton Matrices and their Use in Limited Memory Methods, (3.1).
+        """
         if not pairs:
             return g / norm(g).clamp_min(1.0).unsqueeze(-1)
-        rhos = [divide(torch.ones_like(dot(s, y)), dot(s, y).clamp_min(0.0)) for s, y in pairs]
-        alphas: list[Tensor] = []
-        q = g
-        for (s, y), rho in zip(reversed(pairs), reversed(rhos), strict=True):
-            alphas.append(rho * dot(s, q))
-            q = q - alphas[-1] * y
-        s, y = pairs[-1]
-        scale = divide(dot(s, y), dot(y, y))
-        q = q * torch.where(scale > 0, scale, 1.0)
-        for (s, y), rho, alpha in zip(pairs, rhos, reversed(alphas), strict=True):
-            q = q + s * torch.where(rho > 0, alpha - rho * dot(y, q), 0.0)
-        return q
+        s, y = (torch.stack(vectors, -1) for vectors in zip(*pairs, strict=True))
+        last, column = pairs[-1], g.unsqueeze(-1)
+        # |y| is 1.
+        gamma = dot(*last).unsqueeze(-1)
+        gamma = torch.where(gamma > 0, gamma, 1.0)
+        products = s.mT @ y
+        d = products.diagonal(dim1=-2, dim2=-1)
+        # A pair that is left out has a row and a column of zeros.
+        r = products.triu() + torch.diag_embed((d == 0).to(g.dtype))
+        p = torch.linalg.solve_triangular(r, s.mT @ column, upper=True)
+        right = d.unsqueeze(-1) * p + gamma * (y.mT @ (y @ p) - y.mT @ column)
+        q = torch.linalg.solve_triangular(r.mT, right, upper=False)
+        return (gamma * (column - y @ p) + s @ q).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -122,24 +152,22 @@ class Newton(Minimizer):
     linear_solver: LinearSolver = _SYMMETRIC
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        g, k, reason = gradient(function, x), 0, f"max_iterations {self.max_iterations}"
+        def gradient(x: Tensor) -> Tensor:
+            return _Point.at(function, x).gradient
+
+        at, k, reason = _Point.at(function, x), 0, f"max_iterations {self.max_iterations}"
         while k < self.max_iterations:
-            active = (relative(g, x) > self.goal(x)).unsqueeze(-1)
+            active = (relative(at.gradient, at.x) > self.goal(x)).unsqueeze(-1)
             if not bool(active.any()):
                 break
             k += 1
-            step = self.linear_solver(jacobian(lambda z: gradient(function, z), x), -g).x
-            descends = step.isfinite().all(-1, keepdim=True) & (dot(step, g) < 0)
-            step = torch.where(descends, step, -g)
-            x, moved = self.line_search(function, x, g, step, active)
+            # Symmetric, so that the cheaper transposed products serve.
+            hessian = Operator.of_jacobian(gradient, at.x, transpose=True)
+            step = self.linear_solver(hessian, -at.gradient).x
+            descends = step.isfinite().all(-1, keepdim=True) & (dot(step, at.gradient) < 0)
+            step = torch.where(descends, step, -at.gradient)
+            at, moved = self.line_search(function, at, step, active)
             if not bool(moved.any()):
                 reason = "no step makes the objective smaller"
                 break
-            g = torch.where(moved, gradient(function, x), g)
-        return x, self.status(x, g, k, reason)
-
-
-def gradient(function: Map, x: Tensor) -> Tensor:
-    """∇f of each problem, (*batch, n)."""
-    value, pull = torch.func.vjp(function, x)[:2]
-    return pull(torch.ones_like(value))[0]
+        return at.x, self.status(at.x, at.gradient, k, reason)

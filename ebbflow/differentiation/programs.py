@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.conditions import kkt
 from ebbflow.differentiation.implicit import root
 from ebbflow.differentiation.status import Report
 
@@ -45,11 +44,13 @@ def quadratic_program(
     n = c.shape[-1]
     e, d = (c.new_zeros(0, n), c.new_zeros(0)) if e is None or d is None else (e, d)
     m, h = (c.new_zeros(0, n), c.new_zeros(0)) if m is None or h is None else (m, h)
-    condition = kkt(
-        lambda x, q, c: 0.5 * (x @ (q @ x)) + c @ x,
-        lambda x, e, d: e @ x - d,
-        lambda x, m, h: m @ x - h,
-    )
+
+    def condition(z: Any, objective: Any, equality: Any, inequality: Any) -> Any:
+        """`conditions.kkt` of this problem, written out."""
+        (x, nu, dual), (q, c), (e, d), (m, h) = z, objective, equality, inequality
+        stationary = 0.5 * (q @ x + x @ q) + c + nu @ e + dual @ m
+        return stationary, e @ x - d, dual * (m @ x - h)
+
     made = root(condition, solver=interior_point, linear_solver="direct", tol=tol, report=report)
     start = (torch.zeros_like(c), torch.zeros_like(d), torch.zeros_like(h))
     return Optimum(*made(start, (q, c), (e, d), (m, h)))

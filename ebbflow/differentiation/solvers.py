@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ebbflow.differentiation.iterations import Anderson as Anderson
+from ebbflow.differentiation.iterations import AndersonNewton as AndersonNewton
 from ebbflow.differentiation.iterations import Bisection as Bisection
 from ebbflow.differentiation.iterations import Broyden as Broyden
 from ebbflow.differentiation.iterations import FixedPointSolver as FixedPointSolver
@@ -19,6 +20,7 @@ from ebbflow.differentiation.minimizers import Newton as Newton
 _NAMED: dict[str, Solver] = {
     "picard": Picard(),
     "anderson": Anderson(),
+    "anderson-newton": AndersonNewton(),
     "broyden": Broyden(),
     "newton-krylov": NewtonKrylov(),
     "bisection": Bisection(),
