@@ -22,9 +22,9 @@ from ebbflow.differentiation.blockwise import BSVRB as BSVRB
 from ebbflow.differentiation.blockwise import Blocks as Blocks
 from ebbflow.differentiation.blockwise import bsvrb as bsvrb
 from ebbflow.differentiation.implicit import minimize
-from ebbflow.differentiation.linear import LinearSolver
-from ebbflow.differentiation.solvers import Minimizer
-from ebbflow.differentiation.status import Report
+from ebbflow.differentiation.linear import LinearSolver, divide
+from ebbflow.differentiation.solvers import Minimizer, relative
+from ebbflow.differentiation.status import NotSolved, Report, Status
 from ebbflow.differentiation.value_function import LVHBA as LVHBA
 from ebbflow.differentiation.value_function import lv_hba as lv_hba
 
@@ -32,20 +32,37 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 class Hypergradient(NamedTuple):
-    """F(x, y), the derivative of it in x, and the y that it was taken at."""
+    """F(x, y), the derivative of it in x, and the y that it was taken at.
+
+    `residual` is what the method left of its equation: of ∇ᵧf at y, over 1 + |y|, and for
+    `neumann` of the linear system, relative.
+    """
 
     value: Tensor
     gradient: Tensor
     y: Tensor
+    residual: Tensor
 
 
-def _total(outer: Function, x: Tensor, solve: Callable[[Tensor], Tensor]) -> Hypergradient:
+def _total(
+    outer: Function, inner: Function, x: Tensor, solve: Callable[[Tensor], Tensor]
+) -> Hypergradient:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = solve(x)
         value = outer(x, y)
     (gradient,) = torch.autograd.grad(value, x)
-    return Hypergradient(value.detach(), gradient, y.detach())
+    y = y.detach()
+    left = torch.func.grad(inner, argnums=1)(x.detach(), y)
+    return Hypergradient(value.detach(), gradient, y, relative(left.flatten(), y.flatten()))
+
+
+def _require_progress(name: str, start: Tensor, end: Tensor, steps: int) -> None:
+    """Raise where steps of fixed length made the residual larger than it was."""
+    good = torch.isfinite(end) & (end <= start)
+    if not bool(good):
+        reason = "the steps diverge: shorten `step`"
+        raise NotSolved(Status(name, end, float(start), steps, good, reason))
 
 
 def implicit(
@@ -67,13 +84,17 @@ def implicit(
     made = minimize(
         lambda y, x: inner(x, y), solver=solver, linear_solver=linear_solver, tol=tol, report=report
     )
-    return _total(outer, x, lambda x: made(y.detach(), x))
+    return _total(outer, inner, x, lambda x: made(y.detach(), x))
 
 
 def unrolled(
     outer: Function, inner: Function, x: Tensor, y: Tensor, *, step: float, steps: int
 ) -> Hypergradient:
-    """The derivative of F at the y of `steps` gradient steps, through all of them."""
+    """The derivative of F at the y of `steps` gradient steps, through all of them.
+
+    Raises:
+        NotSolved: the steps diverged.
+    """
     return truncated(outer, inner, x, y, step=step, steps=steps, last=steps)
 
 
@@ -83,6 +104,9 @@ def truncated(
     """The same, through the `last` steps alone; the error falls as the contraction to that power.
 
     Truncated Back-propagation for Bilevel Optimization.
+
+    Raises:
+        NotSolved: the steps diverged.
     """
     if not 0 <= last <= steps:
         raise ValueError(f"last {last} must be between 0 and steps {steps}")
@@ -97,7 +121,11 @@ def truncated(
         return y
 
     start = descend(x.detach(), y.detach(), steps - last, False)
-    return _total(outer, x, lambda x: descend(x, start, last, True))
+    found = _total(outer, inner, x, lambda x: descend(x, start, last, True))
+    before = torch.func.grad(inner, argnums=1)(x.detach(), y.detach())
+    first = relative(before.flatten(), y.detach().flatten())
+    _require_progress("gradient descent", first, found.residual, steps)
+    return found
 
 
 def neumann(
@@ -106,12 +134,17 @@ def neumann(
     """The implicit derivative at the given y, with `terms` terms of a series for the inverse.
 
     [∂²f]⁻¹ ≈ η Σ_{k < terms} (1 - η ∂²f)^k
+
+    Raises:
+        NotSolved: the series diverges.
     """
     g_x, v = torch.func.grad(outer, argnums=(0, 1))(x, y)
     inner_gradient = torch.func.grad(inner, argnums=1)
     pull = torch.func.vjp(inner_gradient, x, y)[1]
-    total = torch.zeros_like(v)
+    total, whole = torch.zeros_like(v), torch.linalg.vector_norm(v)
     for _ in range(terms):
         total = total + step * v
         v = v - step * pull(v)[1]
-    return Hypergradient(outer(x, y), g_x - pull(total)[0], y)
+    left = torch.linalg.vector_norm(v)
+    _require_progress("Neumann series", whole, left, terms)
+    return Hypergradient(outer(x, y), g_x - pull(total)[0], y, divide(left, whole))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.derivatives import pullback
+
 
 class Blocks(Protocol):
     """min over x of (1/m) Σ_i f_i(x, y_i),  y_i = argmin g_i(x, ·) strongly convex."""
@@ -34,6 +36,9 @@ class Blocks(Protocol):
 @dataclass(frozen=True)
 class BSVRB:
     """Steps and averaging weights.
+
+    Steps are of a pass over all blocks: one of I blocks out of m takes I/m of each, which is what
+    keeps the correction γ ~ m/I from overshooting.
 
     Args:
         eta, tau: steps of x and of the y_i.
@@ -84,17 +89,17 @@ class Derivatives(NamedTuple):
 def derivatives(problem: Blocks, blocks: Tensor, x: Tensor, y: Tensor, sample: Any) -> Derivatives:
     """`cross(v)` is (1/I) Σ_i ∂²ₓᵧg_i v_i, of the shape of x, `hessian(v)` ∂²ᵧᵧg_i v_i."""
 
-    def gradient(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.grad(lambda x, y: function(blocks, x, y, sample).sum(), argnums=(0, 1))(
-            x, y
-        )
+    def gradient(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        value, pull = pullback(lambda x, y: function(blocks, x, y, sample).sum(), x, y)
+        return pull(torch.ones_like(value))
 
     f_x, f_y = gradient(problem.outer, x, y)
-    g_y, pull = torch.func.vjp(lambda x, y: gradient(problem.inner, x, y)[1], x, y)[:2]
+    g_y, pull = pullback(lambda x, y: gradient(problem.inner, x, y)[1], x, y)
     size = len(blocks)
     return Derivatives(f_x / size, f_y, g_y, lambda v: pull(v)[0] / size, lambda v: pull(v)[1])
 
 
+@torch.no_grad()
 def bsvrb(
     problem: Blocks,
     x: Tensor,
@@ -124,7 +129,8 @@ def bsvrb(
         raise ValueError(f"blocks {size} must be in 1..{m}, and y {tuple(y.shape)} of {m} rows")
     generator = torch.Generator().manual_seed(seed)
     gamma = (m - size) / (size * (1 - how.alpha)) + 1 - how.alpha if how.alpha < 1 else 0.0
-    every = torch.arange(m)
+    every, part = torch.arange(m), size / m
+    eta, tau, tau_v = how.eta * part, how.tau * part, how.tau_v * part
 
     def hessians(d: Derivatives) -> Tensor:
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
@@ -162,7 +168,7 @@ def bsvrb(
             residual = now.hessian(v[blocks]) - now.f_y
             residual_old = old.hessian(v_old[blocks]) - old.f_y
             new_second = track(second, residual, residual_old, blocks)
-            step = v - how.tau_v * new_second
+            step = v - tau_v * new_second
             length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
             new_v = step * (how.radius / length.clamp_min(how.radius))
         g = direction(now, blocks, v, new_second)
@@ -170,8 +176,8 @@ def bsvrb(
         z = g if k == 0 else (1 - how.beta) * (z - g_old) + g
         x_old, y_old, v_old, second_old = x, y, v, new_second
         # All blocks move along what is tracked of them; γ counts on w changing every step.
-        y = y - how.tau * s
-        x, v, second = x - how.eta * z, new_v, new_second
+        y = y - tau * s
+        x, v, second = x - eta * z, new_v, new_second
         if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
             raise FloatingPointError(
                 f"step {k} is not finite: shorten eta {how.eta}, tau {how.tau}, tau_v {how.tau_v}"

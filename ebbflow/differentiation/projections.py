@@ -33,12 +33,13 @@ def simplex(x: Tensor, total: Tensor | float = 1.0) -> Tensor:
 
 
 def _threshold(x: Tensor, total: Tensor) -> Tensor:
-    """τ (..., 1) with Σ (x - τ)₊ = total (...)."""
+    """τ (..., 1) with Σ (x - τ)₊ = total (...), not a number where there is none."""
     ordered = torch.sort(x, dim=-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     means = (ordered.cumsum(-1) - total.unsqueeze(-1)) / count
     size = (ordered > means).sum(-1, keepdim=True)
-    return means.gather(-1, size - 1)
+    tau = means.gather(-1, (size - 1).clamp_min(0))
+    return torch.where(total.unsqueeze(-1) < 0, torch.nan, tau)
 
 
 def l1_ball(x: Tensor, radius: Tensor | float = 1.0) -> Tensor:
@@ -92,14 +93,19 @@ def second_order_cone(x: Tensor) -> Tensor:
     return torch.where(length <= t, x, torch.where(length <= -t, 0.0, edge))
 
 
-def _require_same_total(rows: Tensor, columns: Tensor) -> None:
+def _of_same_total(rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows`; under vmap, where numbers cannot be read, not a number where the totals differ."""
     gap = (rows.sum() - columns.sum()).abs()
     limit = torch.finfo(rows.dtype).eps ** 0.5
-    if readable(gap) and gap.item() > limit * (1 + columns.sum().abs().item()):
+    equal = gap <= limit * (1 + columns.sum().abs())
+    if not readable(equal):
+        return torch.where(equal, rows, torch.nan)
+    if not bool(equal):
         raise ValueError(
             f"rows add up to {rows.sum().item():.6g}, columns to {columns.sum().item():.6g}; "
             "the totals must be equal"
         )
+    return rows
 
 
 def transport_polytope(
@@ -111,9 +117,10 @@ def transport_polytope(
     as a fixed point. Smooth and Sparse Optimal Transport, section 3, with a squared norm.
 
     Raises:
-        ValueError: `rows` and `columns` have different totals, so that there is no such P.
+        ValueError: `rows` and `columns` have different totals, so that there is no such P;
+            under vmap, NotSolved.
     """
-    _require_same_total(rows, columns)
+    rows = _of_same_total(rows, columns)
 
     def potentials(u: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         v = _threshold((x - u.unsqueeze(-1)).mT, columns).squeeze(-1)
@@ -138,7 +145,7 @@ def transport(
     """
     if epsilon <= 0:
         raise ValueError(f"epsilon {epsilon} must be above 0; it is in the unit of the cost")
-    _require_same_total(rows, columns)
+    rows = _of_same_total(rows, columns)
 
     def other(u: Tensor, cost: Tensor, columns: Tensor) -> Tensor:
         return columns.log() - torch.logsumexp(u.unsqueeze(-1) - cost / epsilon, 0)
