@@ -10,28 +10,24 @@ Efficient and Modular Implicit Differentiation, section 4.2.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ebbflow.differentiation import linear, minimize
-from examples._shared import output, save
+from examples._shared import arguments, plots, save
 
 
-def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from sklearn.datasets import load_digits
 
-    path = output("data_distillation", __doc__ or "")
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
+    steps, path = arguments("data_distillation", __doc__, 40, argv)
+    generator = torch.Generator().manual_seed(0)
     raw = load_digits()
     data, target = torch.tensor(raw.data) / 16, torch.tensor(raw.target)
-    order = torch.randperm(len(data))
+    order = torch.randperm(len(data), generator=generator)
     train, test = order[:1200], order[1200:]
     labels = torch.arange(10)
 
@@ -40,10 +36,11 @@ def main() -> None:
 
     # The Hessian of 640 weights by products alone.
     made = minimize(inner, solver="lbfgs", linear_solver=linear.CG(tolerance=1e-6), tol=1e-7)
-    images = (0.5 + 0.1 * torch.randn(10, 64)).requires_grad_()
+    noise = torch.randn(10, 64, generator=generator, dtype=data.dtype)
+    images = (0.5 + 0.1 * noise).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=0.05)
-    w, start, trace = torch.zeros(64, 10), time.perf_counter(), []
-    for k in range(40):
+    w, start, trace = torch.zeros(64, 10, dtype=data.dtype), time.perf_counter(), []
+    for k in range(steps):
         optimizer.zero_grad()
         solved = made(w, images)
         loss = cross_entropy(data[train] @ solved, target[train])
@@ -56,7 +53,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             figures = f"loss {loss.item():.3f}  test accuracy {accuracy:.3f}"
             print(f"step {k + 1}  {figures}  {seconds:.0f} s")
-    figure, axes = plt.subplots(2, 6, figsize=(11, 4))
+    figure, axes = plots().subplots(2, 6, figsize=(11, 4))
     flat = axes.flatten()
     for axis, image, label in zip(flat, images.detach(), labels, strict=False):
         axis.imshow(image.view(8, 8), cmap="gray")
@@ -66,6 +63,8 @@ def main() -> None:
     flat[11].plot([t[1] for t in trace])
     flat[11].set(title="test accuracy")
     save(figure, path)
+    (first, _), (last, accuracy) = trace[0], trace[-1]
+    return {"first loss": first, "last loss": last, "accuracy": accuracy}
 
 
 if __name__ == "__main__":

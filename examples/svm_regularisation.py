@@ -11,31 +11,27 @@ Efficient and Modular Implicit Differentiation, section 4.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.func import jvp
 
 from ebbflow.differentiation import conditions, fixed_point, projections
-from examples._shared import output, save
+from examples._shared import arguments, plots, save
 
 
-def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from sklearn.datasets import load_wine
     from sklearn.preprocessing import scale
 
-    path = output("svm_regularisation", __doc__ or "")
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
+    outer_steps, path = arguments("svm_regularisation", __doc__, 15, argv)
     raw = load_wine()
     data, target = torch.tensor(scale(raw.data)), torch.tensor(raw.target)
-    order = torch.randperm(len(data))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     train, valid = order[:50], order[50:110]
-    x_train, y_train = data[train], torch.eye(3)[target[train]]
-    x_valid, y_valid = data[valid], torch.eye(3)[target[valid]]
+    x_train, y_train = data[train], torch.eye(3, dtype=data.dtype)[target[train]]
+    x_valid, y_valid = data[valid], torch.eye(3, dtype=data.dtype)[target[valid]]
 
     def weights(dual: Tensor, theta: Tensor) -> Tensor:
         return x_train.mT @ (y_train - dual) / theta.exp()
@@ -52,9 +48,11 @@ def main() -> None:
     def loss(dual: Tensor, theta: Tensor) -> Tensor:
         return 0.5 * (x_valid @ weights(dual, theta) - y_valid).square().sum()
 
-    theta, start = torch.tensor(2.0), torch.full((len(train), 3), 1 / 3)
+    one = torch.ones((), dtype=data.dtype)
+    begin = torch.full((len(train), 3), 1 / 3, dtype=data.dtype)
+    theta, start = 2.0 * one, begin
     trace: list[tuple[float, float]] = []
-    for _ in range(15):
+    for _ in range(outer_steps):
         at = theta.clone().requires_grad_()
         condition = conditions.projected_gradient(objective, projections.simplex, step_for(theta))
         dual = fixed_point(condition, start, at, tol=1e-8)
@@ -67,19 +65,18 @@ def main() -> None:
         )
         print(f"log ridge {trace[-1][0]:.3f}  validation loss {value.item():.4f}")
 
-    theta = torch.tensor(4.0)
+    theta = 4.0 * one
     condition = conditions.projected_gradient(objective, projections.simplex, step_for(theta))
-    begin = torch.full((len(train), 3), 1 / 3)
 
     def exact(t: Tensor) -> Tensor:
         return fixed_point(condition, begin, t, tol=1e-12)
 
-    solution, truth = jvp(exact, (theta,), (torch.ones(()),))
+    solution, truth = jvp(exact, (theta,), (one,))
     marks, rows = (25, 50, 100, 200, 400, 800), []
     x, dx = begin, torch.zeros_like(begin)
     for k in range(1, marks[-1] + 1):
         # Forward through one step: the unrolled Jacobian, without storing the steps.
-        x, dx = jvp(lambda x, t: condition(x, t), (x, theta), (dx, torch.ones(())))
+        x, dx = jvp(lambda x, t: condition(x, t), (x, theta), (dx, one))
         if k in marks:
             found = x
 
@@ -87,14 +84,14 @@ def main() -> None:
                 return found
 
             implicit = fixed_point(condition, solver=solved, tol=1.0)
-            tangent = jvp(lambda t, f=implicit: f(begin, t), (theta,), (torch.ones(()),))[1]
+            tangent = jvp(lambda t, f=implicit: f(begin, t), (theta,), (one,))[1]
             errors = [(x - solution).norm(), (tangent - truth).norm(), (dx - truth).norm()]
             rows.append([k, *(e.item() for e in errors)])
             print(
                 "steps {:4d}  solution {:.1e}  implicit {:.1e}  unrolled {:.1e}".format(*rows[-1])
             )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = plots().subplots(1, 2, figsize=(10, 4))
     left.plot(*zip(*trace, strict=True), "o-")
     left.set(xlabel="log ridge", ylabel="validation loss", title="hypergradient descent")
     steps, *errors = zip(*rows, strict=True)
@@ -105,6 +102,7 @@ def main() -> None:
     right.set(xlabel="inner steps", ylabel="error", title="at equal iterations")
     right.legend()
     save(figure, path)
+    return dict(zip(("steps", "solution", "implicit", "unrolled"), rows[-1], strict=True))
 
 
 if __name__ == "__main__":

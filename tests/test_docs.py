@@ -52,14 +52,16 @@ def test_every_command_in_the_readme_parses(command: str) -> None:
     assert isinstance(tyro.cli(options, args=arguments), options)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=("model", "solvers", "oracle"))
+@pytest.mark.parametrize(
+    "code", blocks(README, "python"), ids=("model", "solvers", "oracle", "implicit")
+)
 def test_the_readme_s_python_runs(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(code, names)
-    result = names.get("images", names.get("samples"))
+    result = next(names[name] for name in ("images", "samples", "gradient") if name in names)
     assert isinstance(result, torch.Tensor)
     assert torch.isfinite(result).all()
     if "mixture" in names:
