@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from sklearn.datasets import load_breast_cancer
     from sklearn.preprocessing import scale
 
-    steps, path = arguments("dictionary_learning", __doc__, 60, argv)
+    steps, path = arguments("dictionary_learning", __doc__, 40, argv)
     raw = load_breast_cancer()
     data, target = torch.tensor(scale(raw.data)), torch.tensor(raw.target).double()
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         atoms = data[order[-ATOMS:]]
         dictionary = (atoms / atoms.norm(dim=1, keepdim=True)).requires_grad_()
         weights = torch.zeros(ATOMS + 1, dtype=data.dtype, requires_grad=True)
-        optimizer = torch.optim.Adam([weights, dictionary], lr=0.05)
+        optimizer = torch.optim.Adam([weights, dictionary], lr=0.02)
         trace: list[float] = []
         # First the dictionary that reconstructs; its classifier, or both, by the task's loss.
         for k in range(2 * steps):

@@ -48,6 +48,8 @@ class BSVRB:
         version: 1 tracks d × d Hessians, 2 the solutions of their systems by products alone.
         tau_v: step of those solutions, for version 2.
         radius: of the ball that they stay in.
+        decay: q, in [0, 1/2]: steps fall as (1 + passes)^-q and beta as its square. Without it x
+            ends in a neighbourhood of the answer. alpha stays: trackers must forget their errors.
     """
 
     eta: float = 0.05
@@ -59,10 +61,13 @@ class BSVRB:
     version: int = 1
     tau_v: float = 0.2
     radius: float = 1e3
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.version not in (1, 2):
             raise ValueError(f"version {self.version} must be 1 or 2")
+        if not 0 <= self.decay <= 0.5:
+            raise ValueError(f"decay {self.decay} must be in [0, 0.5]")
         for name in ("alpha", "beta"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1]")
@@ -130,7 +135,6 @@ def bsvrb(
     generator = torch.Generator().manual_seed(seed)
     gamma = (m - size) / (size * (1 - how.alpha)) + 1 - how.alpha if how.alpha < 1 else 0.0
     every, part = torch.arange(m), size / m
-    eta, tau, tau_v = how.eta * part, how.tau * part, how.tau_v * part
 
     def hessians(d: Derivatives) -> Tensor:
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
@@ -145,7 +149,6 @@ def bsvrb(
     s, v = first.g_y, torch.zeros_like(y)
     second = hessians(first) if how.version == 1 else -first.f_y
     x_old, y_old, v_old, second_old = x, y, v, second
-    z = torch.zeros_like(x)
 
     def direction(d: Derivatives, blocks: Tensor, v: Tensor, second: Tensor) -> Tensor:
         if how.version == 2:
@@ -156,7 +159,12 @@ def bsvrb(
         solved = vectors @ ((vectors.mT @ d.f_y.unsqueeze(-1)) / values.unsqueeze(-1))
         return d.f_x - d.cross(solved.squeeze(-1))
 
+    # On all blocks: what one block has too much of, small weights would not forget.
+    z = direction(first, every, v, second)
     for k in range(steps):
+        fall = (1 + k * part) ** -how.decay
+        eta, tau, tau_v = (part * fall * step for step in (how.eta, how.tau, how.tau_v))
+        beta = how.beta * fall**2
         blocks = torch.randperm(m, generator=generator)[:size]
         sample = problem.sample(blocks, generator)
         now = derivatives(problem, blocks, x, y[blocks], sample)
@@ -173,7 +181,7 @@ def bsvrb(
             new_v = step * (how.radius / length.clamp_min(how.radius))
         g = direction(now, blocks, v, new_second)
         g_old = direction(old, blocks, v_old, second_old if how.version == 1 else new_second)
-        z = g if k == 0 else (1 - how.beta) * (z - g_old) + g
+        z = (1 - beta) * (z - g_old) + g
         x_old, y_old, v_old, second_old = x, y, v, new_second
         # All blocks move along what is tracked of them; γ counts on w changing every step.
         y = y - tau * s

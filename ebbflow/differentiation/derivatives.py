@@ -25,8 +25,11 @@ def _inside_transform() -> bool:
 
 def _fresh(t: Tensor) -> Tensor:
     """`t` as a point of a graph of its own, which still leads to what `t` depends on."""
-    if torch.is_grad_enabled() and t.requires_grad:
-        return t.view_as(t)
+    if torch.is_grad_enabled():
+        view = t.view_as(t)
+        # Not so for what a transform left behind: it says that it does, and its view does not.
+        if view.requires_grad:
+            return view
     return t.detach().requires_grad_()
 
 
