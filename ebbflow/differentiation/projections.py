@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebbflow.differentiation.implicit import fixed_point
-from ebbflow.differentiation.solvers import Anderson
+from ebbflow.differentiation.solvers import Anderson, AndersonNewton
 from ebbflow.finite import readable
 
 
@@ -129,7 +129,13 @@ def transport_polytope(
         return u - u.mean()
 
     u = fixed_point(
-        potentials, torch.zeros_like(rows), x, rows, columns, tol=tol, solver=Anderson(memory=5)
+        potentials,
+        torch.zeros_like(rows),
+        x,
+        rows,
+        columns,
+        tol=tol,
+        solver=AndersonNewton(memory=5),
     )
     v = _threshold((x - u.unsqueeze(-1)).mT, columns).squeeze(-1)
     return torch.relu(x - u.unsqueeze(-1) - v)
