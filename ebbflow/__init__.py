@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ebbflow import grids as grids
     from ebbflow import guidance as guidance
     from ebbflow import interop as interop
-    from ebbflow import likelihood as likelihood
     from ebbflow import inversion as inversion
+    from ebbflow import likelihood as likelihood
     from ebbflow import metrics as metrics
     from ebbflow import networks as networks
     from ebbflow import noise as noise
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from ebbflow.denoiser import Denoiser as Denoiser
     from ebbflow.diagnostics import diagnose as diagnose
     from ebbflow.finite import NonFinite as NonFinite
-    from ebbflow.likelihood import log_likelihood as log_likelihood
     from ebbflow.inversion import Inversion as Inversion
     from ebbflow.inversion import invert as invert
+    from ebbflow.likelihood import log_likelihood as log_likelihood
     from ebbflow.parallel_in_time import ParallelResult as ParallelResult
     from ebbflow.parallel_in_time import parallel as parallel
     from ebbflow.particles import denoising_mcmc as denoising_mcmc

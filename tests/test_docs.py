@@ -52,7 +52,7 @@ def test_every_command_in_the_readme_parses(command: str) -> None:
     assert isinstance(tyro.cli(options, args=arguments), options)
 
 
-PYTHON = ("model", "solvers", "tune", "diffusers", "oracle")
+PYTHON = ("model", "solvers", "tune", "diffusers", "oracle", "implicit")
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"), ids=PYTHON)
@@ -62,7 +62,7 @@ def test_the_readme_s_python_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(code, names)
-    result = names.get("images", names.get("samples"))
+    result = next(names[name] for name in ("images", "samples", "gradient") if name in names)
     assert isinstance(result, torch.Tensor)
     assert torch.isfinite(result).all()
     if "mixture" in names:

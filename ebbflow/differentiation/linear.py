@@ -1,0 +1,357 @@
+"""Linear systems A x = b from products with A alone, a batch at a time.
+
+Vectors have shape (*batch, n) and A is block-diagonal over the batch; every problem of a batch is
+solved as if it were alone. Each solver ends by measuring |b - A x| / |b| itself: a recursion that
+lost its way does not report success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ebbflow.differentiation.derivatives import lazily, pullback, pushforward
+from ebbflow.differentiation.status import Status, dot, norm
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear map: `matvec` x -> A x, `rmatvec` u -> Aᵀu, and `dense()` -> A (*batch, n, n).
+
+    `dense()` may lack the first axes of the batch, where those problems share their matrix.
+    """
+
+    matvec: Product
+    rmatvec: Product
+    dense: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Operator:
+        """The operator of a matrix (*batch, n, n)."""
+        return cls(
+            lambda x: (matrix @ x.unsqueeze(-1)).squeeze(-1),
+            lambda u: (matrix.mT @ u.unsqueeze(-1)).squeeze(-1),
+            lambda: matrix,
+        )
+
+    @classmethod
+    def of_jacobian(cls, f: Product, x: Tensor, transpose: bool = False) -> Operator:
+        """The Jacobian of `f` at x (*batch, n), a block a problem, or its transpose.
+
+        One graph serves all products of a kind.
+        """
+        pull = lazily(lambda: pullback(f, x)[1])
+        push = lazily(lambda: pushforward(f, x, x))
+
+        def reverse(u: Tensor) -> Tensor:
+            return pull()(u)[0]
+
+        def forward(v: Tensor) -> Tensor:
+            return push()(v)
+
+        def dense() -> Tensor:
+            n, product = x.shape[-1], pull()
+            eye = torch.eye(n, dtype=x.dtype, device=x.device)
+            eye = eye.view(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
+            # Row i of the Jacobian is the product of e_i with its transpose.
+            rows = torch.vmap(lambda u: product(u)[0])(eye).movedim(0, -2)
+            return rows.mT if transpose else rows
+
+        return cls(reverse, forward, dense) if transpose else cls(forward, reverse, dense)
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """x (*batch, n) and how it was reached."""
+
+    x: Tensor
+    status: Status
+
+
+class LinearSolver(Protocol):
+    """Anything that solves A x = b and says how it went."""
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult: ...
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """eps^0.6: 4e-10 in float64, 7e-5 in float32."""
+    return torch.finfo(dtype).eps ** 0.6
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and zero where b is zero: the step of a problem that has nothing left to do."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def finished(
+    name: str, operator: Operator, b: Tensor, x: Tensor, k: int, tolerance: float, reason: str
+) -> LinearResult:
+    """Measure the true residual and write the status; twice the tolerance allows for rounding."""
+    residual = divide(norm(b - operator.matvec(x)), norm(b))
+    converged = torch.isfinite(residual) & (residual <= 2 * tolerance)
+    why = "converged" if bool(converged.all()) else reason
+    return LinearResult(x, Status(name, residual, tolerance, k, converged, why))
+
+
+def limits(
+    b: Tensor, tolerance: float | None, max_iterations: int | None
+) -> tuple[float, Tensor, int]:
+    """Tolerance, the residual norm (*batch, 1) it stands for, and the cap on iterations."""
+    rtol = default_tolerance(b.dtype) if tolerance is None else tolerance
+    cap = 10 * b.shape[-1] + 50 if max_iterations is None else max_iterations
+    return rtol, rtol * norm(b).unsqueeze(-1), cap
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients, for A symmetric and definite (of either sign).
+
+    Args:
+        tolerance: of |b - Ax| / |b|; eps^0.6 of the dtype unless given.
+        max_iterations: 10 n + 50 unless given.
+        ridge: r >= 0 solves (A + r) x = b instead.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int | None = None
+    ridge: float = 0.0
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        operator = with_ridge(operator, self.ridge)
+        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+        x, r, p = torch.zeros_like(b), b, b
+        rr, sign = dot(r, r), None
+        k, reason = 0, f"max_iterations {cap}"
+        while k < cap:
+            active = rr.sqrt() > goal
+            if not bool(active.any()):
+                break
+            k += 1
+            q = operator.matvec(p)
+            curvature = dot(p, q)
+            sign = curvature.sign() if sign is None else torch.where(active, sign, 0.0)
+            # Curvatures of both signs: an indefinite matrix, on which the method means nothing.
+            if bool((active & (curvature * sign <= 0)).any()):
+                reason = "the matrix is singular or not definite; use gmres or normal-cg"
+                break
+            step = torch.where(active, divide(rr, curvature), 0.0)
+            x, r = x + step * p, r - step * q
+            before, rr = rr, torch.where(active, dot(r, r), rr)
+            p = torch.where(active, r + divide(rr, before) * p, p)
+            sign = torch.where(active, curvature.sign(), sign)
+        return finished("CG", operator, b, x, k, rtol, reason)
+
+
+@dataclass(frozen=True)
+class NormalCG:
+    """Conjugate gradients on AᵀA x = Aᵀb: any invertible A, at the square of its condition."""
+
+    tolerance: float | None = None
+    max_iterations: int | None = None
+    ridge: float = 0.0
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        operator = with_ridge(operator, self.ridge)
+        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+        x, r = torch.zeros_like(b), b
+        s = operator.rmatvec(r)
+        p, ss = s, dot(s, s)
+        k, reason = 0, f"max_iterations {cap}"
+        while k < cap:
+            active = (norm(r).unsqueeze(-1) > goal) & (ss > 0)
+            if not bool(active.any()):
+                reason = "the right-hand side is not in the range of a singular matrix"
+                break
+            k += 1
+            q = operator.matvec(p)
+            step = torch.where(active, divide(ss, dot(q, q)), 0.0)
+            x, r = x + step * p, r - step * q
+            s = operator.rmatvec(r)
+            before, ss = ss, torch.where(active, dot(s, s), ss)
+            p = torch.where(active, s + divide(ss, before) * p, p)
+        return finished("normal CG", operator, b, x, k, rtol, reason)
+
+
+@dataclass(frozen=True)
+class BiCGSTAB:
+    """Stabilised bi-conjugate gradients: any A, two products an iteration, short recurrences."""
+
+    tolerance: float | None = None
+    max_iterations: int | None = None
+    ridge: float = 0.0
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        operator = with_ridge(operator, self.ridge)
+        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+        x, r, shadow, p = torch.zeros_like(b), b, b, b
+        rho = dot(shadow, r)
+        k, reason = 0, f"max_iterations {cap}"
+        while k < cap:
+            active = norm(r).unsqueeze(-1) > goal
+            if not bool(active.any()):
+                break
+            k += 1
+            v = operator.matvec(p)
+            alpha = divide(rho, dot(shadow, v))
+            s = r - alpha * v
+            t = operator.matvec(s)
+            omega = divide(dot(t, s), dot(t, t))
+            stuck = active & ((omega == 0) | (rho == 0)) & (norm(s).unsqueeze(-1) > goal)
+            if bool(stuck.any()):
+                reason = "the recurrence broke down; use gmres"
+                break
+            x = torch.where(active, x + alpha * p + omega * s, x)
+            r = torch.where(active, s - omega * t, r)
+            before, rho = rho, torch.where(active, dot(shadow, r), rho)
+            beta = divide(rho * alpha, before * omega)
+            p = torch.where(active, r + beta * (p - omega * v), p)
+        return finished("BiCGSTAB", operator, b, x, k, rtol, reason)
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Generalised minimal residuals, restarted: any A, residual never grows.
+
+    Args:
+        restart: length of the Krylov basis, which is kept in memory.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int | None = None
+    restart: int = 50
+    ridge: float = 0.0
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        operator = with_ridge(operator, self.ridge)
+        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+        x, k, reason = torch.zeros_like(b), 0, f"max_iterations {cap}"
+        r, left = b, norm(b).unsqueeze(-1)
+        while k < cap and bool((left > goal).any()):
+            length = min(self.restart, b.shape[-1], cap - k)
+            step, done = self.cycle(operator, r, length, goal)
+            k += done
+            x = x + torch.where(left > goal, step, 0.0)
+            r = b - operator.matvec(x)
+            before, left = left, norm(r).unsqueeze(-1)
+            if bool(((left > goal) & (left > 0.9999 * before)).any()):
+                reason = "stagnation: the matrix is singular, or `restart` is too short"
+                break
+        return finished("GMRES", operator, b, x, k, rtol, reason)
+
+    @staticmethod
+    def cycle(operator: Operator, r: Tensor, length: int, goal: Tensor) -> tuple[Tensor, int]:
+        """The best step in a Krylov space of dimension `length`, and the dimension it needed."""
+        beta = norm(r).unsqueeze(-1)
+        basis = r.new_zeros(*r.shape[:-1], length + 1, r.shape[-1])
+        basis[..., 0, :] = divide(r, beta)
+        hessenberg = r.new_zeros(*r.shape[:-1], length + 1, length)
+        target = r.new_zeros(*r.shape[:-1], length + 1, 1)
+        target[..., 0, :] = beta
+        y, eps = target, torch.finfo(r.dtype).eps
+        for j in range(length):
+            w = operator.matvec(basis[..., j, :])
+            span, before = basis[..., : j + 1, :], norm(w).unsqueeze(-1)
+            # Gram-Schmidt twice: once is not orthogonal enough at 1e-10.
+            for _ in range(2):
+                h = (span @ w.unsqueeze(-1)).squeeze(-1)
+                hessenberg[..., : j + 1, j] += h
+                w = w - (h.unsqueeze(-2) @ span).squeeze(-2)
+            height = norm(w).unsqueeze(-1)
+            height = torch.where(height > 10 * eps * before, height, 0.0)
+            hessenberg[..., j + 1, j] = height.squeeze(-1)
+            basis[..., j + 1, :] = divide(w, height)
+            # The small problem costs more than a step does: not after every one.
+            full = not bool((height > 0).any())
+            if not full and j % 4 != 3 and j + 1 < length:
+                continue
+            part = hessenberg[..., : j + 2, : j + 1]
+            y = torch.linalg.pinv(part) @ target[..., : j + 2, :]
+            left = torch.linalg.vector_norm(target[..., : j + 2, :] - part @ y, dim=(-2, -1))
+            if full or bool((left.unsqueeze(-1) <= 0.5 * goal).all()):
+                break
+        return (y.mT @ basis[..., : y.shape[-2], :]).squeeze(-2), y.shape[-2]
+
+
+@dataclass(frozen=True)
+class Direct:
+    """LU of the matrix itself, n products and n³/3 work: best for n up to some hundreds.
+
+    A condition number beyond 1 / (10 n eps), as seen by one more right-hand side, is a failure.
+    """
+
+    tolerance: float | None = None
+    ridge: float = 0.0
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        n, rtol = b.shape[-1], limits(b, self.tolerance, None)[0]
+        matrix = with_ridge(operator, self.ridge).dense()
+        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        # Problems that share a matrix are columns of one right-hand side.
+        columns = b.reshape(-1, *matrix.shape[:-1]).movedim(0, -1)
+        probe = torch.ones_like(columns[..., :1])
+        probe[..., 1::2, :] = -1.0
+        solved = torch.linalg.lu_solve(factors, pivots, torch.cat([columns, probe], -1))
+        x, test = solved[..., :-1].movedim(-1, 0).reshape(b.shape), solved[..., -1]
+        condition = torch.linalg.matrix_norm(matrix, ord=1) * norm(test) / n**0.5
+        sound = torch.isfinite(condition) & (condition < 1 / (10 * n * torch.finfo(b.dtype).eps))
+        end = finished("LU", Operator.of(matrix), b, x, 1, rtol, "the matrix is ill-conditioned")
+        if bool(sound.all()):
+            return end
+        why, converged = "the matrix is singular to rounding", end.status.converged & sound
+        return LinearResult(x, replace(end.status, converged=converged, reason=why))
+
+
+@dataclass(frozen=True)
+class Auto:
+    """LU up to `largest_dense` unknowns, else `iterative`."""
+
+    iterative: LinearSolver
+    largest_dense: int = 256
+
+    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
+        solver = Direct() if b.shape[-1] <= self.largest_dense else self.iterative
+        return solver(operator, b)
+
+
+def with_ridge(operator: Operator, ridge: float) -> Operator:
+    """A + ridge."""
+    if ridge == 0:
+        return operator
+    if ridge < 0:
+        raise ValueError(f"ridge {ridge} must be at least 0")
+
+    def dense() -> Tensor:
+        matrix = operator.dense()
+        return matrix + ridge * torch.eye(
+            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+        )
+
+    return Operator(
+        lambda x: operator.matvec(x) + ridge * x, lambda u: operator.rmatvec(u) + ridge * u, dense
+    )
+
+
+_NAMED: dict[str, LinearSolver] = {
+    "auto": Auto(GMRES()),
+    "cg": CG(),
+    "normal-cg": NormalCG(),
+    "gmres": GMRES(),
+    "bicgstab": BiCGSTAB(),
+    "direct": Direct(),
+}
+
+
+def get(solver: str | LinearSolver) -> LinearSolver:
+    """A linear solver by name, or the one given."""
+    if not isinstance(solver, str):
+        return solver
+    if solver not in _NAMED:
+        raise ValueError(f"linear_solver {solver!r} is not one of {sorted(_NAMED)}")
+    return _NAMED[solver]
