@@ -19,7 +19,8 @@ class Dense:
 
     a (n,), B (n, nfe), C (n, nfe), constant (n,), over the nfe queries in order of their calls;
     `node_*` the same over the nodes after the start, in the order of `Plan.times[1:]`. A plan with
-    a basis has one such form a coordinate: a last axis more, of its shape flattened.
+    a basis has one such form a coordinate: a last axis more, of its shape flattened. The form of a
+    centred plan is that of its rows, about the mean.
     """
 
     a: Tensor
@@ -88,12 +89,13 @@ def moments(
             "(d, d), or (d,) for a diagonal covariance"
         )
     variance, basis, ones = _directions(plan, covariance)
-    centre = basis.T @ mean
+    away = mean if plan.centred else torch.zeros_like(mean)  # where the rows have their origin
+    centre = basis.T @ (mean - away)
     alpha, sigma = plan.schedule.alpha(plan.start), plan.schedule.sigma(plan.start)
     if start is None:
         first, spread = alpha * centre, torch.diag(alpha**2 * variance + sigma**2)
     else:
-        first = basis.T @ torch.as_tensor(start[0], dtype=torch.float64)
+        first = basis.T @ (torch.as_tensor(start[0], dtype=torch.float64) - alpha * away)
         spread = basis.T @ torch.as_tensor(start[1], dtype=torch.float64) @ basis
     d, m = len(mean), plan.registers
     times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64)
@@ -118,7 +120,8 @@ def moments(
         noise = matrix @ noise @ matrix.transpose(1, 2) + fresh[:, :, None] * fresh[:, None, :]
     final = gain[:, 0] * first + shift[:, 0]
     total = gain[:, :1] * spread * gain[:, 0] + torch.diag(noise[:, 0, 0])
-    return Moments(basis @ final, basis @ total @ basis.T)
+    away = plan.schedule.alpha(plan.times[-1]) * away
+    return Moments(basis @ final + away, basis @ total @ basis.T)
 
 
 def _directions(plan: Plan, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +222,8 @@ def reverse(plan: Plan) -> Plan:
         Stage(stages[k].time, stages[k].query, stages[k].update, befores.get(k))
         for k in reversed(range(len(stages)))
     )
-    return Plan(plan.schedule, nodes[-1], reversed_stages, {**plan.origin, "reversed": True})
+    origin = {**plan.origin, "reversed": True}
+    return Plan(plan.schedule, nodes[-1], reversed_stages, origin, centred=plan.centred)
 
 
 def _row(registers: Tensor, prediction: float | Tensor, constant: float | Tensor) -> Row:

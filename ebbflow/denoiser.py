@@ -189,6 +189,13 @@ class Denoiser(nn.Module):
         """Passes of the network that one call at time t costs."""
         return 1
 
+    def mean(self, x: Tensor, **condition: Any) -> Tensor | None:
+        """The mean of the data under the condition, which is what is predicted of pure noise.
+
+        (B, *shape) or (1, *shape), in x's dtype and on its device; None where it is not known.
+        """
+        return None if self.statistics is None else self.statistics.means(x, **condition)
+
     def coefficients(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
         """(p, q, c_in) in float64 with `x_0 = p x_t + q F`, `F = net(c_in x_t, …)`.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebbflow.centred import Centred, require_mean
 from ebbflow.denoiser import Denoiser, require_known
 from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
 from ebbflow.finite import NonFinite
@@ -99,8 +100,13 @@ def parallel(
     plan = job.plan
     x = job.start(chunk)
     x, basis = require_start(plan.schedule, denoiser, x), plan.basis
+    account, mean = job.account(chunk), torch.zeros(())
+    if plan.centred:
+        mean = require_mean(denoiser, x, account.condition)
+        x = x - plan.schedule.alpha(plan.start).item() * mean
+        account.denoiser = Centred(denoiser)
     z = x if basis is None else basis.forward(x)
-    system = _Trajectory(job.account(chunk), plan, x, z, batch)
+    system = _Trajectory(account, plan, x, z, batch)
     try:
         found = solve(
             system,
@@ -121,6 +127,8 @@ def parallel(
     evaluations = int(found.evaluations.sum())
     end = found.carry[0]
     samples = end if basis is None else basis.inverse(end, x.shape)
+    if plan.centred:
+        samples = samples + plan.schedule.alpha(plan.times[-1]).item() * mean
     return ParallelResult(samples, found.calls, evaluations, found.rounds, found.residual, status)
 
 

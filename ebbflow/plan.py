@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.bases import Basis
+from ebbflow.centred import Centred, require_mean
 from ebbflow.denoiser import Denoiser, plain
 from ebbflow.files import (
     as_list,
@@ -75,6 +76,8 @@ class Plan:
         origin: JSON values saying which solver, command and model made it.
         basis: coordinates in which the rows hold, so that coefficients may differ by coordinate;
             Z and "1" are then coordinates too. None for the state's own.
+        centred: whether the rows hold for `x_t - alpha m` and `D - m`, with m the mean that the
+            denoiser knows of the data under each sample's condition (`Denoiser.mean`).
     """
 
     schedule: Schedule
@@ -82,6 +85,7 @@ class Plan:
     stages: tuple[Stage, ...]
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
     basis: Basis | None = None
+    centred: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -125,11 +129,14 @@ class Plan:
         seed, first_index: of the noise of stochastic plans; row i is sample first_index + i.
         Raises NonFinite naming the step and the time when a prediction is NaN or infinite.
         """
-        start = self._initial(denoiser, x_init)
+        denoiser, start, mean = self._initial(denoiser, x_init, condition)
         *_, (_, end, _) = self._loop(denoiser, start, seed, first_index, condition)
         ends = end[: len(start)] if isinstance(x_init, tuple) else end[:1]
         if self.basis is not None:
             ends = [x if x is None else self.basis.inverse(x, start[0].shape) for x in ends]
+        if mean is not None:
+            shift = self.schedule.alpha(self.times[-1]).item() * mean
+            ends = [x if x is None else x + shift for x in ends]
         return tuple(ends) if isinstance(x_init, tuple) else ends[0]
 
     def execute(
@@ -141,12 +148,17 @@ class Plan:
         **condition: Any,
     ) -> Iterator[Step]:
         """Run, yielding after each stage; its loop is the library's one multiply-add loop."""
-        start = self._initial(denoiser, x_init)
+        denoiser, start, mean = self._initial(denoiser, x_init, condition)
         held, shape = len(start), start[0].shape
         for k, values, prediction in self._loop(denoiser, start, seed, first_index, condition):
-            state = values[0] if self.stages[k].node is not None else None
+            node = self.stages[k].node
+            state = values[0] if node is not None else None
             if self.basis is not None and state is not None:
                 state = self.basis.inverse(state, shape)
+            if mean is not None:
+                prediction = prediction + mean
+                if node is not None and state is not None:
+                    state = state + self.schedule.alpha(node).item() * mean
             yield Step(k, tuple(values[:held]), prediction, state)
 
     def _loop(
@@ -206,8 +218,12 @@ class Plan:
             values[X] = values[D] = values[Z] = prediction = None
 
     def _initial(
-        self, denoiser: Denoiser, x_init: Tensor | tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self,
+        denoiser: Denoiser,
+        x_init: Tensor | tuple[Tensor, ...],
+        condition: Mapping[str, Any],
+    ) -> tuple[Denoiser, tuple[Tensor, ...], Tensor | None]:
+        """The denoiser and the registers that the rows hold for, and the mean if centred."""
         given = x_init if isinstance(x_init, tuple) else (x_init,) * self.registers
         if len(given) != self.registers or len({x.shape for x in given}) != 1:
             raise ValueError(
@@ -215,7 +231,12 @@ class Plan:
                 f"{self.registers} register(s) of one shape"
             )
         require_model(denoiser, self.origin.get("model", {}))
-        return tuple(require_start(self.schedule, denoiser, x) for x in given)
+        start = tuple(require_start(self.schedule, denoiser, x) for x in given)
+        if not self.centred:
+            return denoiser, start, None
+        mean = require_mean(denoiser, start[0], condition)
+        shift = self.schedule.alpha(self.start).item() * mean
+        return Centred(denoiser), tuple(x - shift for x in start), mean
 
     def dense(self) -> Dense:
         """The plan written out: every query and node in X_0, the predictions and the noise."""
@@ -268,6 +289,7 @@ class Plan:
             ],
             "origin": dict(self.origin),
             **({} if basis is None else {"basis": basis}),
+            **({"centred": True} if self.centred else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -289,7 +311,8 @@ class Plan:
         if config.get("version") != 1:
             raise ValueError(f"plan version {config.get('version')!r}: this release reads 1")
         keys = ("format", "version", "schedule", "start", "stages", "origin")
-        exact_keys({k: v for k, v in config.items() if k != "basis"}, keys, "plan")
+        needed = {k: v for k, v in config.items() if k not in ("basis", "centred")}
+        exact_keys(needed, keys, "plan")
         known = {} if tensors is None else tensors
 
         def row(values: Any) -> Any:
@@ -315,7 +338,10 @@ class Plan:
             kind, shape = as_list(config["basis"], "basis")
             basis = Basis(kind, tuple(as_list(shape, "basis")), known.get("basis"))
         schedule = from_config(config["schedule"])
-        return Plan(schedule, config["start"], tuple(stages), config["origin"], basis)
+        centred = config.get("centred", False)
+        if not isinstance(centred, bool):
+            raise ValueError(f"centred is {centred!r:.40}, expected true or false")
+        return Plan(schedule, config["start"], tuple(stages), config["origin"], basis, centred)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, and its tensors as safetensors beside it, each atomically."""

@@ -272,6 +272,8 @@ def prepare(
         else:
             plan = solver.plan(denoiser.schedule, steps, times=times, statistics=statistics)
         assert plan is not None
+        if solver.about_mean(statistics) and denoiser.mean(torch.empty(1)) is not None:
+            plan = replace(plan, centred=True)
     if x_init is None and plan.start != 1:
         raise ValueError(
             f"the first node is {plan.start:g}, not 1: give x_init, the state at that time"

@@ -155,6 +155,16 @@ class Statistics:
         labels = torch.as_tensor(label).unique().tolist()
         return self.classes.get(labels[0]) if len(labels) == 1 else None
 
+    def means(self, x: Tensor, **condition: Any) -> Tensor:
+        """The mean of each sample's class (B, *shape), or of all data (1, *shape) without labels;
+        like x (B, *shape) in dtype and device. Labels that are no class have the mean of all."""
+        label = condition.get("label")
+        means = [self.mean]
+        if label is not None and self.classes:
+            labels = torch.as_tensor(label).expand(len(x)).tolist()
+            means = [self.classes.get(c, self).mean for c in labels]
+        return torch.stack(means).to(x.device, x.dtype)
+
     @property
     def axes(self) -> Basis | None:
         """Coordinates in which the covariance is `diag(variance)`; None for a low-rank basis."""

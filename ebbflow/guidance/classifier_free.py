@@ -38,20 +38,29 @@ class ClassifierFree(Wrapper):
     def passes(self, t: float) -> int:
         return self.net.passes(t) * (1 if self.scale in (0.0, 1.0) else 2)  # pyright: ignore
 
+    def mean(self, x: Tensor, **condition: Any) -> Tensor | None:
+        inner: Any = self.net
+        without = inner.mean(x, **{**condition, **self._absent(condition)})
+        if without is None:
+            return None
+        return torch.lerp(without, inner.mean(x, **condition), self.scale)
+
     def at(self, t: TimeLike, x: Tensor, target: str = "x0") -> Frozen:
         frozen = self.net.at(t, x, target)  # pyright: ignore
-        scale, null = self.scale, self.null
+        scale = self.scale
 
         def guided(x: Tensor, **condition: Any) -> Tensor:
             if scale == 1.0:
                 return frozen(x, **condition)
-            absent = {name: _like(null[name], condition.get(name)) for name in null}
-            without = frozen(x, **{**condition, **absent})
+            without = frozen(x, **{**condition, **self._absent(condition)})
             if scale == 0.0:
                 return without
             return torch.lerp(without, frozen(x, **condition), scale)
 
         return guided
+
+    def _absent(self, condition: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _like(value, condition.get(name)) for name, value in self.null.items()}
 
 
 def _like(value: Any, condition: Any) -> Any:

@@ -66,6 +66,11 @@ class Solver:
     def needs(self) -> frozenset[str]:
         return frozenset()
 
+    def about_mean(self, statistics: Statistics | None) -> bool:
+        """Whether its plans are better centred, where the mean of each sample is known and is not
+        in these statistics."""
+        return False
+
     @property
     def grid(self) -> Grid:
         """Where the nodes go unless the caller gives them."""

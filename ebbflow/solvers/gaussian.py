@@ -15,9 +15,10 @@ from ebbflow.statistics import Statistics
 
 @dataclass(frozen=True)
 class UnitResidual(GaussianResidual):
-    """The same with nothing known: mean 0 and variance 1 in every direction, and nodes that reach
-    further and fall off slower, since the data's largest deviation may be several times 1.
+    """The same with nothing known, but the mean where a denoiser knows that of each sample.
 
+    Variance 1 in every direction, and nodes that reach further and fall off slower, since the
+    data's largest deviation may be several times 1. Mean 0, about which `sample` centres the plan.
     With L = 1, r is interpolated in the angle's sine: v-prediction with an exact linear part.
     """
 
@@ -27,6 +28,9 @@ class UnitResidual(GaussianResidual):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset()
+
+    def about_mean(self, statistics: Statistics | None) -> bool:
+        return True
 
     def _axes(self, statistics: Statistics | None) -> tuple[Basis | None, Tensor, Tensor]:
         return None, torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)

@@ -228,6 +228,9 @@ class Auto(Solver):
     def _chosen(self, statistics: Statistics | None) -> Solver:
         return self.plain if statistics is None or statistics.axes is None else self.informed
 
+    def about_mean(self, statistics: Statistics | None) -> bool:
+        return self._chosen(statistics).about_mean(statistics)
+
     def nodes(self, schedule: Schedule, steps: int, statistics: Statistics | None) -> grids.Times:
         return self._chosen(statistics).nodes(schedule, steps, statistics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ebbflow.centred import require_mean
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper
 from ebbflow.finite import NonFinite
 from ebbflow.plan import Plan
@@ -127,10 +129,10 @@ class Fit:
     def _learn(self, share: float) -> None:
         part = self.train.rows(self._rows())
         plan = self.form.plan(self.parameters)
-        moved = Moved(self.denoiser, self.form.times(self.parameters))
+        moved = Moved(self.form.about(self.denoiser), self.form.times(self.parameters))
         self.step += 1
         try:
-            errors = part.distance(plan.run(moved, part.start, **part.condition))
+            errors = part.distance(self._run(plan, moved, part))
         except NonFinite:  # what blew up teaches nothing; the next samples may
             return
         mean = float(errors.detach().mean())
@@ -151,6 +153,15 @@ class Fit:
             scale = (square / (1 - ADAM[1] ** self.step)).sqrt() + 1e-8
             leaf.data -= pace * RATES[name] * direction / scale
         leaves["top"].data.clamp_(max=self.form.high)
+
+    def _run(self, plan: Plan, moved: Moved, part: References) -> Tensor:
+        """What the plan makes, its shift by the mean outside of the times that move."""
+        if not plan.centred:
+            return plan.run(moved, part.start, **part.condition)
+        mean = require_mean(self.denoiser, part.start, part.condition)
+        first, last = self.form.schedule.alpha(torch.tensor([plan.start, plan.times[-1]])).tolist()
+        plain = replace(plan, centred=False)
+        return plain.run(moved, part.start - first * mean, **part.condition) + last * mean
 
     def _rows(self) -> Tensor:
         """Of this step: the training samples in an order of their own in each round."""

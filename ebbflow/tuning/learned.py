@@ -124,7 +124,8 @@ def tune(
         budget.spend(saved.numbers["evaluations"], saved.numbers["seconds"])
     held_out, train = found.split(max(1, len(found) // 3))
     statistics = statistics_of(denoiser, train)
-    candidates = list(_starts(denoiser, start, nfe, statistics))
+    centred = statistics is None and denoiser.mean(found.start[:1]) is not None
+    candidates = list(_starts(denoiser, start, nfe, statistics, centred))
     chosen = min(candidates, key=lambda plan: score(measure(denoiser, plan, train)))
     if saved is None:
         budget.spend(len(candidates) * len(train) * nfe)
@@ -205,7 +206,11 @@ def _figures(errors: Tensor) -> dict[str, float]:
 
 
 def _starts(
-    denoiser: Denoiser, start: str | Solver | Plan, nfe: int, statistics: Statistics | None
+    denoiser: Denoiser,
+    start: str | Solver | Plan,
+    nfe: int,
+    statistics: Statistics | None,
+    centred: bool,
 ) -> Iterator[Plan]:
     if isinstance(start, Plan):
         yield start
@@ -215,7 +220,7 @@ def _starts(
         plan = solver.largest(denoiser.schedule, nfe, statistics)
         if not isinstance(plan, Plan):
             raise ValueError(f"{solver.name} is no plan: tune one that is, such as unipc-b2-3")
-        yield plan
+        yield replace(plan, centred=centred)
 
 
 def _names(start: str | Solver, statistics: Statistics | None) -> tuple[str | Solver, ...]:

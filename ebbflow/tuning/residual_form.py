@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ebbflow.bases import Basis
+from ebbflow.centred import Centred
+from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan, Row, Stage
 from ebbflow.schedules import Betas, Schedule
 from ebbflow.tuning.quadrature import FAR, quadrature
@@ -79,6 +81,7 @@ class ResidualForm:
     first: Parameters
     high: float
     low: float
+    centred: bool = False
 
     @staticmethod
     def of(plan: Plan, axes: Axes) -> ResidualForm:
@@ -156,25 +159,19 @@ class ResidualForm:
             first,
             high,
             low,
+            plan.centred,
         )
         with torch.no_grad():
             offset = C - form._quadrature(first, form.levels(first))
-        return ResidualForm(
-            schedule,
-            axes,
-            plan.start,
-            plan.times[-1],
-            torch.stack(gain),
-            torch.stack(shift),
-            offset,
-            first,
-            high,
-            low,
-        )
+        return replace(form, offset=offset)
 
     @property
     def nfe(self) -> int:
         return len(self.first.shares)
+
+    def about(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser of which the rows speak."""
+        return Centred(denoiser) if self.centred else denoiser
 
     def levels(self, parameters: Parameters) -> Tensor:
         """(n,): log s of the calls, not increasing."""
@@ -211,7 +208,7 @@ class ResidualForm:
         stages = tuple(self._stages(parameters))
         learning = any(leaf.requires_grad for leaf in parameters.tensors().values())
         if learning or self.axes.basis.shape:
-            return Plan(self.schedule, self.start, stages, {}, self.axes.basis)
+            return Plan(self.schedule, self.start, stages, {}, self.axes.basis, self.centred)
 
         def numbers(row: Row) -> Row:
             return {name: float(value) for name, value in row.items() if bool(value)}
@@ -220,7 +217,7 @@ class ResidualForm:
             Stage(stage.time, numbers(stage.query), tuple(map(numbers, stage.update)), stage.node)
             for stage in stages
         )
-        return Plan(self.schedule, self.start, tuple(plain))
+        return Plan(self.schedule, self.start, tuple(plain), centred=self.centred)
 
     def _stages(self, parameters: Parameters) -> Iterator[Stage]:
         L, m, n = self.axes.variance, self.axes.mean, self.nfe
