@@ -157,12 +157,16 @@ class Statistics:
 
     def means(self, x: Tensor, **condition: Any) -> Tensor:
         """The mean of each sample's class (B, *shape), or of all data (1, *shape) without labels;
-        like x (B, *shape) in dtype and device. Labels that are no class have the mean of all."""
+        like x (B, *shape) in dtype and device. Labels that are no class have the mean of all;
+        floating labels are weights of classes (B, K)."""
         label = condition.get("label")
-        means = [self.mean]
-        if label is not None and self.classes:
-            labels = torch.as_tensor(label).expand(len(x)).tolist()
-            means = [self.classes.get(c, self).mean for c in labels]
+        if label is None or not self.classes:
+            return self.mean[None].to(x.device, x.dtype)
+        labels = torch.as_tensor(label)
+        if labels.is_floating_point():  # weights of classes (B, K)
+            table = [self.classes.get(k, self).mean for k in range(labels.shape[-1])]
+            return torch.tensordot(labels.to(x.dtype), torch.stack(table).to(x.device, x.dtype), 1)
+        means = [self.classes.get(c, self).mean for c in labels.expand(len(x)).tolist()]
         return torch.stack(means).to(x.device, x.dtype)
 
     @property

@@ -112,6 +112,15 @@ def test_guidance_knows_what_it_predicts_of_pure_noise() -> None:
     torch.testing.assert_close(mean, MEANS.mean(0) + 2.5 * (MEANS[LABELS] - MEANS.mean(0)))
 
 
+def test_weights_of_classes_have_the_mean_of_their_mixture() -> None:
+    denoiser, x = classes(ef.schedules.VP()), torch.zeros(5, 3)
+    weights = torch.eye(4)[LABELS]
+    torch.testing.assert_close(denoiser.mean(x, label=weights), MEANS[LABELS].float())
+    found = denoiser.mean(x[:1], label=torch.tensor([[0.5, 0.25, 0.0, 0.25]]))
+    exact = 0.5 * MEANS[0] + 0.25 * MEANS[1] + 0.25 * MEANS.mean(0)
+    torch.testing.assert_close(found, exact[None].float())
+
+
 def test_parallel_sampling_and_all_gradients_agree_with_the_plain_run() -> None:
     schedule = ef.schedules.VP()
     denoiser, x1 = classes(schedule), noise(schedule)
