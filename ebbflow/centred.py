@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper, convert
-from ebbflow.schedules import TimeLike, along, as_time
+from ebbflow.schedules import Schedule, TimeLike, along, as_time
 
 
 class Centred(Wrapper):
@@ -33,6 +33,22 @@ class Centred(Wrapper):
             return frozen(x + shift * mean, **condition) - gone * mean
 
         return centred
+
+
+def centre(
+    denoiser: Denoiser, start: tuple[Tensor, ...], t: float, condition: Mapping[str, Any]
+) -> tuple[Centred, tuple[Tensor, ...], Tensor]:
+    """The denoiser and states at time t about the mean, and the mean."""
+    mean = require_mean(denoiser, start[0], condition)
+    shift = denoiser.schedule.alpha(t).item() * mean
+    return Centred(denoiser), tuple(x - shift for x in start), mean
+
+
+def restore(x: Tensor | None, mean: Tensor | None, schedule: Schedule, t: float | None) -> Any:
+    """The state at time t that is x about the mean; x itself if there is none of them."""
+    if x is None or mean is None or t is None:
+        return x
+    return x + schedule.alpha(t).item() * mean
 
 
 def require_mean(denoiser: Denoiser, x: Tensor, condition: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebbflow.centred import Centred, require_mean
+from ebbflow.centred import centre, restore
 from ebbflow.denoiser import Denoiser, require_known
 from ebbflow.equations.triangular import Carry, Method, UnknownNotFinite, solve
 from ebbflow.finite import NonFinite
@@ -100,11 +100,9 @@ def parallel(
     plan = job.plan
     x = job.start(chunk)
     x, basis = require_start(plan.schedule, denoiser, x), plan.basis
-    account, mean = job.account(chunk), torch.zeros(())
+    account, mean = job.account(chunk), None
     if plan.centred:
-        mean = require_mean(denoiser, x, account.condition)
-        x = x - plan.schedule.alpha(plan.start).item() * mean
-        account.denoiser = Centred(denoiser)
+        account.denoiser, (x,), mean = centre(denoiser, (x,), plan.start, account.condition)
     z = x if basis is None else basis.forward(x)
     system = _Trajectory(account, plan, x, z, batch)
     try:
@@ -127,8 +125,7 @@ def parallel(
     evaluations = int(found.evaluations.sum())
     end = found.carry[0]
     samples = end if basis is None else basis.inverse(end, x.shape)
-    if plan.centred:
-        samples = samples + plan.schedule.alpha(plan.times[-1]).item() * mean
+    samples = restore(samples, mean, plan.schedule, plan.times[-1])
     return ParallelResult(samples, found.calls, evaluations, found.rounds, found.residual, status)
 
 

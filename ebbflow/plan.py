@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.bases import Basis
-from ebbflow.centred import Centred, require_mean
+from ebbflow.centred import centre, restore
 from ebbflow.denoiser import Denoiser, plain
 from ebbflow.files import (
     as_list,
@@ -134,9 +134,7 @@ class Plan:
         ends = end[: len(start)] if isinstance(x_init, tuple) else end[:1]
         if self.basis is not None:
             ends = [x if x is None else self.basis.inverse(x, start[0].shape) for x in ends]
-        if mean is not None:
-            shift = self.schedule.alpha(self.times[-1]).item() * mean
-            ends = [x if x is None else x + shift for x in ends]
+        ends = [restore(x, mean, self.schedule, self.times[-1]) for x in ends]
         return tuple(ends) if isinstance(x_init, tuple) else ends[0]
 
     def execute(
@@ -155,10 +153,8 @@ class Plan:
             state = values[0] if node is not None else None
             if self.basis is not None and state is not None:
                 state = self.basis.inverse(state, shape)
-            if mean is not None:
-                prediction = prediction + mean
-                if node is not None and state is not None:
-                    state = state + self.schedule.alpha(node).item() * mean
+            state = restore(state, mean, self.schedule, node)
+            prediction = prediction if mean is None else prediction + mean
             yield Step(k, tuple(values[:held]), prediction, state)
 
     def _loop(
@@ -232,11 +228,9 @@ class Plan:
             )
         require_model(denoiser, self.origin.get("model", {}))
         start = tuple(require_start(self.schedule, denoiser, x) for x in given)
-        if not self.centred:
-            return denoiser, start, None
-        mean = require_mean(denoiser, start[0], condition)
-        shift = self.schedule.alpha(self.start).item() * mean
-        return Centred(denoiser), tuple(x - shift for x in start), mean
+        if self.centred:
+            return centre(denoiser, start, self.start, condition)
+        return denoiser, start, None
 
     def dense(self) -> Dense:
         """The plan written out: every query and node in X_0, the predictions and the noise."""

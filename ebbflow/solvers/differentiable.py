@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from ebbflow import algebra, noise
-from ebbflow.centred import Centred, require_mean
 from ebbflow.differentiation import gradients
 from ebbflow.differentiation import parameters as owned
 from ebbflow.plan import Plan, Step
 from ebbflow.rows import Stage, combine, compile_stage, on_device, require_start
-from ebbflow.solvers.stepping import Model, Point, Walk
+from ebbflow.solvers.stepping import Model, Point, Walk, about_mean
 
 MODES = ("checkpoint", "adjoint", "reversible")
 SNAPSHOTS = 8
@@ -80,7 +79,8 @@ class Unrecorded(Walk):
         plan = self.plan
         x = require_start(plan.schedule, model.denoiser, x_init)
         if plan.centred:
-            yield from self._centred(model, x)
+            inner = replace(self, plan=replace(plan, centred=False))
+            yield from about_mean(inner, model, x)
             return
         start = x.detach()
         model.evaluations += plan.nfe
@@ -107,15 +107,6 @@ class Unrecorded(Walk):
                 assert isinstance(ends, Tensor)
                 state = ends[1]
             yield Point(plan.times[-1], state, step.prediction)
-
-    def _centred(self, model: Model, x: Tensor) -> Iterator[Point]:
-        alpha, mean = self.schedule.alpha, require_mean(model.denoiser, x, model.condition)
-        about = replace(model, denoiser=Centred(model.denoiser))
-        inner = replace(self, plan=replace(self.plan, centred=False))
-        for point in inner.execute(about, x - alpha(self.times[0]).item() * mean):
-            model.evaluations[:], model.passes = about.evaluations, about.passes
-            state = point.state + alpha(point.time).item() * mean
-            yield Point(point.time, state, point.prediction + mean)
 
 
 class Replay:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ebbflow import grids, noise
+from ebbflow.centred import centre, restore
 from ebbflow.denoiser import Denoiser
 from ebbflow.finite import require_finite
 from ebbflow.rows import require_start
@@ -223,3 +224,12 @@ def first_order(schedule: Schedule, x: Tensor, clean: Tensor, t: float, s: float
     """DDIM's step from t to s, `alpha' D + (sigma'/sigma) (x - alpha D)`; D at sigma' = 0."""
     (alpha, sigma), (alpha_s, sigma_s) = levels(schedule, t), levels(schedule, s)
     return clean if not sigma_s else alpha_s * clean + sigma_s / sigma * (x - alpha * clean)
+
+
+def about_mean(walk: Walk, model: Model, x: Tensor) -> Iterator[Point]:
+    """The points of a walk that holds for `x_t - alpha m`, m the mean under each condition."""
+    denoiser, (x,), mean = centre(model.denoiser, (x,), walk.times[0], model.condition)
+    about = replace(model, denoiser=denoiser)
+    for t, state, prediction in walk.execute(about, x):
+        model.evaluations[:], model.passes = about.evaluations, about.passes
+        yield Point(t, restore(state, mean, model.schedule, t), prediction + mean)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ebbflow.centred import require_mean
+from ebbflow.centred import centre, restore
 from ebbflow.denoiser import Denoiser, Frozen, Wrapper
 from ebbflow.finite import NonFinite
 from ebbflow.plan import Plan
@@ -158,10 +158,9 @@ class Fit:
         """What the plan makes, its shift by the mean outside of the times that move."""
         if not plan.centred:
             return plan.run(moved, part.start, **part.condition)
-        mean = require_mean(self.denoiser, part.start, part.condition)
-        first, last = self.form.schedule.alpha(torch.tensor([plan.start, plan.times[-1]])).tolist()
-        plain = replace(plan, centred=False)
-        return plain.run(moved, part.start - first * mean, **part.condition) + last * mean
+        _, start, mean = centre(self.denoiser, (part.start,), plan.start, part.condition)
+        end = replace(plan, centred=False).run(moved, start[0], **part.condition)
+        return restore(end, mean, plan.schedule, plan.times[-1])
 
     def _rows(self) -> Tensor:
         """Of this step: the training samples in an order of their own in each round."""

@@ -43,6 +43,11 @@ def facts_of(plan: Plan, like: Any, prediction_type: str | None) -> Facts:
             f"plan.times run from {plan.times[0]:g} to {plan.times[-1]:g}, towards noise; "
             "pipelines start from noise"
         )
+    if plan.centred:
+        raise ValueError(
+            "plan.centred is true: its rows hold about the data's means, which a pipeline does not "
+            "know; take a plan that is not centred"
+        )
     if like is None:  # a schedule that was read from a scheduler knows
         like = plan.schedule.__dict__.get("facts")
     words = {ours: theirs for theirs, ours in PREDICTIONS.items()}

@@ -114,11 +114,6 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         seed: int | None = 0,
         scales_input: bool = False,
     ) -> None:
-        if plan.centred:
-            raise ValueError(
-                "the plan is centred on the data's means, which a pipeline does not know: tune or "
-                "compile it without (replace(plan, centred=False) is another sampler)"
-            )
         self.facts = facts = facts_of(plan, like, prediction_type)
         self.plan, first = plan, plan.stages[0].query
         if scales_input and "Z" in first:
