@@ -147,6 +147,13 @@ class Field:
         return h
 
 
+def later(t: Time, c: float, h: Time) -> Time:
+    """`t + c h`."""
+    if isinstance(t, Tensor) and isinstance(h, Tensor):
+        return torch.add(t, h, alpha=c)
+    return t + c * h
+
+
 def scaled(y: Tensor, w: float | Tensor, v: Tensor) -> Tensor:
     """`y + w v`."""
     return torch.addcmul(y, w, v) if isinstance(w, Tensor) else torch.add(y, v, alpha=w)

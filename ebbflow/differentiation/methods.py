@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ebbflow.differentiation import tableaus
-from ebbflow.differentiation.fields import Field, Time, combination, scaled
+from ebbflow.differentiation.fields import Field, Time, combination, later, scaled
 from ebbflow.differentiation.tableaus import Tableau
 
 State = tuple[Tensor, ...]
@@ -91,7 +91,7 @@ class RungeKutta(Method):
         newton = self.factors(f, t, y, w)
         for i in range(1, tableau.stages):
             same_time = i > 1 and tableau.c[i] == tableau.c[i - 1]
-            time = nodes[-1][0] if same_time else t + tableau.c[i] * h
+            time = nodes[-1][0] if same_time else later(t, tableau.c[i], h)
             x = scaled(y, w, combination(tableau.a[i][:i], ks))
             implicit = len(tableau.a[i]) > i
             k, x = self.stage(f, time, x, tableau.a[i][i] * w if implicit else None, newton)
