@@ -28,8 +28,8 @@ class _Way:
     """The samples that are stepped together: with a compact field those still on their way.
 
     Each of `rows` is at `t`, tries `h` (signed) next, and has output `k`, at the time `due`, before
-    it; `goal` is the time that no step passes. `memory` is the controller's: the logarithm of the
-    last accepted error, scaled. `on` are those that have not ended.
+    it; `goal` is the time that no step passes. The last accepted step was `before`; `memory` is the
+    logarithm of its error as the controller needs it. `on` are those that have not ended.
     """
 
     rows: Tensor
@@ -41,6 +41,7 @@ class _Way:
     due: Tensor
     goal: Tensor
     memory: Tensor
+    before: Tensor
     steps: Tensor
 
     def keep(self, places: Tensor) -> None:
@@ -82,7 +83,7 @@ def march_each(
     due = times[1].clone()
     goal = last if method.has_dense else due
     now = times[0].clone()
-    way = _Way(every, on, now, h, sign, first, due, goal, memory, torch.zeros_like(every))
+    way = _Way(every, on, now, h, sign, first, due, goal, memory, h, torch.zeros_like(every))
     # The state of the samples on the way, and their columns of the times.
     state, columns = run.state, times
     # Whether some samples of the way have ended and only keep their places.
@@ -303,17 +304,23 @@ def _next_steps(
     if good is not None:
         error = torch.nan_to_num(error, nan=math.inf, posinf=math.inf)
     size = error.clamp(min=1e-10).log_()
-    factor = torch.add(way.memory, size, alpha=-1 / q).exp_().clamp_(0.2, 10.0)
+    factor = torch.add(way.memory, size, alpha=-1 / q).exp_()
     memory = size.clamp_(min=math.log(1e-4)).mul_(SMOOTHING / q).add_(math.log(SAFETY))
+    grown = (tried / way.before).sqrt_().mul_(factor).clamp_(0.2, 10.0)
     if good is not None:
-        factor = torch.where(good, factor, factor.clamp(max=0.9))
-        memory = torch.where(good, memory, way.memory)
-    h = tried * factor
+        grown = torch.where(good, grown, factor.clamp(0.2, 0.9))
+    h, before = tried * grown, tried
     if not method.has_dense:
         # A step shortened to land says nothing about the step size that the error allows.
-        longer = lands & (h.abs() < way.h.abs())
-        h = torch.where(longer if good is None else longer & good, way.h, h)
-    way.h, way.memory = h, memory
+        short = lands & (tried.abs() < way.h.abs())
+        if good is not None:
+            short = short & good
+        h = torch.where(short & (h.abs() < way.h.abs()), way.h, h)
+        good = ~short if good is None else good & ~short
+    if good is not None:
+        memory = torch.where(good, memory, way.memory)
+        before = torch.where(good, before, way.before)
+    way.h, way.memory, way.before = h, memory, before
 
 
 @torch.no_grad()
