@@ -11,6 +11,7 @@ from torch import Tensor
 from ebbflow.differentiation.fields import Field
 from ebbflow.differentiation.march import (
     DONE,
+    FORESIGHT,
     MAX_STEPS,
     SAFETY,
     SMOOTHING,
@@ -306,7 +307,7 @@ def _next_steps(
     size = error.clamp(min=1e-10).log_()
     factor = torch.add(way.memory, size, alpha=-1 / q).exp_()
     memory = size.clamp_(min=math.log(1e-4)).mul_(SMOOTHING / q).add_(math.log(SAFETY))
-    grown = (tried / way.before).sqrt_().mul_(factor).clamp_(0.2, 10.0)
+    grown = (tried / way.before).pow_(FORESIGHT).mul_(factor).clamp_(0.2, 10.0)
     if good is not None:
         grown = torch.where(good, grown, factor.clamp(0.2, 0.9))
     h, before = tried * grown, tried

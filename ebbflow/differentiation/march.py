@@ -20,7 +20,7 @@ from ebbflow.differentiation.methods import Method, State, Step
 DONE, MAX_STEPS, STUCK, EVENT = 0, 1, 2, 3
 STATUS = ("done", "max_steps", "stuck", "event")
 # Of the controller of steps (`growth`).
-SAFETY, SMOOTHING = 0.97, 0.6
+SAFETY, SMOOTHING, FORESIGHT = 0.97, 0.4, 0.3
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,16 @@ def _march_one(
 
 
 def growth(error: float, previous: float, error_order: int, ratio: float = 1.0) -> float:
-    """The factor to the next step: 0.97 e^(-1/q) e_prev^(0.6/q) √(h/h_prev), from accepted steps.
+    """The factor to the next step: 0.97 e^(-1/q) e_prev^(0.4/q) (h/h_prev)^0.3, accepted steps'.
 
     q is the order of the estimate + 1, `ratio` is h/h_prev. The last two factors foresee that an
-    error which has been growing goes on growing, so that few steps are rejected where the settled
-    error, 0.97^(q/0.4), is near the tolerance. Predictive control as in Solving Ordinary
-    Differential Equations II, section IV.8, with gains for explicit methods.
+    error which has been growing goes on growing: few steps are rejected, though the error settles
+    at 0.97^(q/0.6), near the tolerance. Predictive control as in Solving Ordinary Differential
+    Equations II, section IV.8, with gains for explicit methods.
     """
     q = error_order + 1
     factor = SAFETY * max(error, 1e-10) ** (-1 / q) * previous ** (SMOOTHING / q)
-    return min(10.0, max(0.2, factor * math.sqrt(ratio)))
+    return min(10.0, max(0.2, factor * ratio**FORESIGHT))
 
 
 def error_norm(error: Tensor, y: Tensor, y1: Tensor, control: Control) -> Tensor:
