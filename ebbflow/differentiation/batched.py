@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebbflow.differentiation.fields import Field
 from ebbflow.differentiation.march import (
+    CLOSE,
     DONE,
     FORESIGHT,
     MAX_STEPS,
@@ -20,6 +21,7 @@ from ebbflow.differentiation.march import (
     March,
     OnStep,
     Passage,
+    detached,
 )
 from ebbflow.differentiation.methods import Method, State, Step
 
@@ -44,6 +46,7 @@ class _Way:
     memory: Tensor
     before: Tensor
     steps: Tensor
+    since: Tensor
 
     def keep(self, places: Tensor) -> None:
         """Drop all samples but these."""
@@ -84,7 +87,7 @@ def march_each(
     due = times[1].clone()
     goal = last if method.has_dense else due
     now = times[0].clone()
-    way = _Way(every, on, now, h, sign, first, due, goal, memory, h, torch.zeros_like(every))
+    way = _Way(every, on, now, h, sign, first, due, goal, memory, h, run.steps, run.steps)
     # The state of the samples on the way, and their columns of the times.
     state, columns = run.state, times
     # Whether some samples of the way have ended and only keep their places.
@@ -142,14 +145,22 @@ def march_each(
             arrived = ((after - way.due) * way.sign >= 0) & good
             if bool(arrived.any()):
                 outputs = _crossed(columns, way.sign, here, after, moves, good)
-            passage = Passage(here, moves, outputs, way.rows if f.compact else None, good)
+            new, gap, kept, part = step.state, method.gap(step.state), None, None
+            if gap is not None:
+                way.since = way.since + good
+                apart = _norms(gap.detach(), state[0].detach(), new[0].detach(), control)
+                part = good & (apart > way.since)
+                new, kept = _closed(method, part, new, state)
+                way.since = torch.where(part, 0, way.since)
+            rows = way.rows if f.compact else None
+            passage = Passage(here, moves, outputs, rows, good, kept, part)
             if control.record:
                 run.passages.append(passage)
             for (index, _, inside), value in zip(outputs, _outputs(step, passage), strict=True):
                 run.outputs[index] = _put(run.outputs[index], passage.rows, inside, value)
             if on_step is not None:
                 on_step(passage, step)
-            state = step.state if easy else _chosen(good, step.state, state)
+            state = new if easy else _chosen(good, new, state)
             way.t, way.steps = after, way.steps + good
             for _, _, inside in outputs:
                 way.k = way.k + inside
@@ -193,12 +204,17 @@ def _march_grid_each(
         outputs = ((int(place), 1.0, moved),) if place == int(place) else ()
         for index, _, _ in outputs:
             run.outputs[index] = step.state[0]
-        passage = Passage(here, h, outputs, f.rows, moved)
+        new, gap, kept, part = step.state, method.gap(step.state), None, None
+        if gap is not None:
+            y = new[0].detach().flatten(1)
+            part = gap.detach().flatten(1).norm(dim=1) > CLOSE * y.norm(dim=1)
+            new, kept = _closed(method, part, new, run.state)
+        passage = Passage(here, h, outputs, f.rows, moved, kept, part)
         if control.record:
             run.passages.append(passage)
         if on_step is not None:
             on_step(passage, step)
-        run.state, t = step.state, s
+        run.state, t = new, s
     run.status, run.rejected = torch.full_like(every, DONE), torch.zeros_like(every)
     run.steps = torch.full_like(every, len(grid) - 1)
     run.evaluations = torch.full_like(every, f.calls - calls)
@@ -238,14 +254,28 @@ def advance_each(
     for (_, _, inside), value in zip(passage.outputs, _outputs(step, passage), strict=True):
         assert inside is not None
         outputs.append(_put(torch.zeros_like(state[0]), passage.rows, inside, value))
-    return _moved(state, step.state, passage), outputs
+    new = step.state
+    if passage.before is not None and passage.closed is not None:
+        new = _chosen(passage.closed, method.closed(new), new)
+    return _moved(state, new, passage), outputs
 
 
 def undo_each(method: Method, f: Field, passage: Passage, state: State) -> State:
     """The state before an accepted step of a batch."""
     f.rows = passage.rows
     before = method.undo(f, passage.t, passage.h, _take(state, passage.rows))
+    if passage.before is not None and passage.closed is not None:
+        rows = passage.closed.nonzero()[:, 0]
+        pairs = zip(before, passage.before, strict=True)
+        before = tuple(part.index_copy(0, rows, kept) for part, kept in pairs)
     return _moved(state, before, passage)
+
+
+def _closed(method: Method, which: Tensor, new: State, old: State) -> tuple[State, State | None]:
+    """`new` with the gap of these samples closed, and what they were before, if there are any."""
+    if not bool(which.any()):
+        return new, None
+    return _chosen(which, method.closed(new), new), tuple(x[which] for x in detached(old))
 
 
 def _take(state: State, rows: Tensor | None) -> State:

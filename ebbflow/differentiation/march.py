@@ -21,6 +21,8 @@ DONE, MAX_STEPS, STUCK, EVENT = 0, 1, 2, 3
 STATUS = ("done", "max_steps", "stuck", "event")
 # Of the controller of steps (`growth`).
 SAFETY, SMOOTHING, FORESIGHT = 0.97, 0.4, 0.3
+# Of fixed steps: the relative gap between two copies of a solution that is closed.
+CLOSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Passage:
     """One accepted step: from t by h, and the outputs in it as (index, θ).
 
     With a batch axis t, h and θ hold one number for each of `rows`; `moved` are those that moved.
+    Where the gap in the state (`Method.gap`) was closed after the step, which cannot be undone,
+    `before` is the state before it, with a batch axis of the samples `closed` alone.
     """
 
     t: Time
@@ -35,6 +39,8 @@ class Passage:
     outputs: tuple[tuple[int, Time, Tensor | None], ...] = ()
     rows: Tensor | None = None
     moved: Tensor | None = None
+    before: State | None = None
+    closed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,22 @@ def advance(method: Method, f: Field, passage: Passage, state: State) -> tuple[S
 
         return advance_each(method, f, passage, state)
     step = method.step(f, passage.t, passage.h, state)
-    return step.state, [_output(step, theta) for _, theta, _ in passage.outputs]
+    after = step.state if passage.before is None else method.closed(step.state)
+    return after, [_output(step, theta) for _, theta, _ in passage.outputs]
+
+
+def undo(method: Method, f: Field, passage: Passage, state: State) -> State:
+    """The state before an accepted step."""
+    if passage.moved is not None:
+        from ebbflow.differentiation.batched import undo_each
+
+        return undo_each(method, f, passage, state)
+    return passage.before or method.undo(f, passage.t, passage.h, state)
+
+
+def detached(state: State) -> State:
+    """The state without its graph."""
+    return tuple(part.detach() for part in state)
 
 
 def _output(step: Step, theta: Time) -> Tensor:
@@ -118,9 +139,12 @@ def _march_grid(
     grid, k = control.grid or (), 1
     for t, s in pairwise(grid):
         step = method.step(f, t, s - t, run.state)
-        run.state = step.state
+        gap, before, state = method.gap(step.state), None, step.state
+        if gap is not None and bool(gap.norm() > CLOSE * state[0].norm()):
+            before, state = detached(run.state), method.closed(state)
+        run.state = state
         hit = k < len(times) and s == times[k]
-        passage = Passage(t, s - t, ((k, 1.0, None),) if hit else ())
+        passage = Passage(t, s - t, ((k, 1.0, None),) if hit else (), before=before)
         if hit:
             run.outputs.append(step.state[0])
             k += 1
@@ -146,7 +170,8 @@ def _march_one(
     h = control.first_step or first_step(method, f, t, y0, run.state, last - t, control)
     # The error and the size of the last accepted step.
     previous, before = 1.0, h
-    k = 1
+    # Copies of the solution may part like the errors of steps add up: by the tolerance a step.
+    k, since = 1, 0
     for _ in range(control.max_steps):
         target = last if method.has_dense else times[k]
         lands = h >= abs(target - t) * (1 - 1e-12)
@@ -163,11 +188,14 @@ def _march_one(
                 outputs.append((k, theta, None))
                 run.outputs.append(_output(step, theta))
                 k += 1
-            passage = Passage(t, step_h, tuple(outputs))
+            gap, kept, state, since = method.gap(step.state), None, step.state, since + 1
+            if gap is not None and float(error_norm(gap.detach(), y, y1, control)) > since:
+                kept, state, since = detached(run.state), method.closed(state), 0
+            passage = Passage(t, step_h, tuple(outputs), before=kept)
             if control.record:
                 run.passages.append(passage)
             run.steps += 1
-            run.state, t = step.state, s
+            run.state, t = state, s
             if on_step is not None:
                 on_step(passage, step)
             if k == len(times):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ebbflow.differentiation import adjoint, gradients
 from ebbflow.differentiation import parameters as owned
-from ebbflow.differentiation.batched import undo_each
 from ebbflow.differentiation.fields import Field, Structure
-from ebbflow.differentiation.march import STATUS, Control, March, advance, march
+from ebbflow.differentiation.march import STATUS, Control, March, advance, march, undo
 from ebbflow.differentiation.methods import METHODS, Coupled, DiagonallyImplicit, Method, State
 from ebbflow.differentiation.times import output_times, step_ends
 
@@ -210,10 +209,7 @@ class OdeProblem:
 
     def undo(self, index: int, state: State) -> State:
         assert self.run is not None
-        passage = self.run.passages[index]
-        if passage.moved is not None:
-            return undo_each(self.method, self.field, passage, state)
-        return self.method.undo(self.field, passage.t, passage.h, state)
+        return undo(self.method, self.field, self.run.passages[index], state)
 
     def output_indices(self, index: int) -> list[int]:
         assert self.run is not None
