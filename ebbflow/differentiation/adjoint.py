@@ -93,7 +93,8 @@ def backsolve(
         else:
             span = [times[k], times[k - 1]]
         if bool(torch.as_tensor(span[0] != span[1]).any()):
-            part = replace(control, grid=_segment(control.grid, times, k), first_step=None)
+            grid = _segment(control.grid, times, k)
+            part = replace(control, grid=grid, first_step=None, record=False)
             z = augmented.join(outputs[k], a)
             with torch.no_grad():
                 run = march(method, augmented, span, z, part, quadrature)

@@ -104,7 +104,8 @@ def odeint(
     grid = step_ends(times, steps, step_size)
     if steps is None and step_size is None and chosen.error_order:
         grid = None
-    control = Control(rtol, atol, max_steps, first_step, grid)
+    replayed = gradient in ("checkpoint", "reversible") and torch.is_grad_enabled()
+    control = Control(rtol, atol, max_steps, first_step, grid, replayed or not batch_dims)
     problem = OdeProblem(f, structure, compact, chosen, times, control, gradient, checkpoints)
 
     start = packed
