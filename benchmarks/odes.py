@@ -5,8 +5,8 @@
 Two batches of mixed stiff and easy problems, each sample with a step size of its own in our solver
 and in diffrax (under vmap), one for all in torchdiffeq:
 
-- relaxation, y' = -rate (y - cos t) - sin t with rates from 0.5 to 200, y = cos t + e^(-rate t) / 2;
-- oscillators of van der Pol, y'' = mu (1 - y²) y' - y with mu from 0.1 to 30, over ten units of time;
+- relaxation, y' = -rate (y - cos t) - sin t with rates 0.5 to 200, y = cos t + e^(-rate t) / 2;
+- oscillators of van der Pol, y'' = mu (1 - y²) y' - y with mu 0.1 to 30, over ten units of time;
 
 and one smooth problem, a harmonic oscillator over twenty. Solvers take turns within each repeat.
 Printed: the median of the seconds, and its ratio to torchdiffeq's; evaluations a sample (those that
