@@ -45,7 +45,7 @@ class Pull(Block):
     """Towards the block's answer."""
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return super().forward(z, x) - z
+        return 2 * (super().forward(z, x) - z)
 
 
 class Explicit(nn.Module):

@@ -160,7 +160,7 @@ def march_each(
                 run.outputs[index] = _put(run.outputs[index], passage.rows, inside, value)
             if on_step is not None:
                 on_step(passage, step)
-            state = new if easy else _chosen(good, new, state)
+            state = new if easy else chosen(good, new, state)
             way.t, way.steps = after, way.steps + good
             for _, _, inside in outputs:
                 way.k = way.k + inside
@@ -256,7 +256,7 @@ def advance_each(
         outputs.append(_put(torch.zeros_like(state[0]), passage.rows, inside, value))
     new = step.state
     if passage.before is not None and passage.closed is not None:
-        new = _chosen(passage.closed, method.closed(new), new)
+        new = chosen(passage.closed, method.closed(new), new)
     return _moved(state, new, passage), outputs
 
 
@@ -275,7 +275,7 @@ def _closed(method: Method, which: Tensor, new: State, old: State) -> tuple[Stat
     """`new` with the gap of these samples closed, and what they were before, if there are any."""
     if not bool(which.any()):
         return new, None
-    return _chosen(which, method.closed(new), new), tuple(x[which] for x in detached(old))
+    return chosen(which, method.closed(new), new), tuple(x[which] for x in detached(old))
 
 
 def _take(state: State, rows: Tensor | None) -> State:
@@ -287,7 +287,7 @@ def _moved(old: State, new: State, passage: Passage) -> State:
     return tuple(_put(a, passage.rows, passage.moved, b) for a, b in zip(old, new, strict=True))
 
 
-def _chosen(mask: Tensor, new: State, old: State) -> State:
+def chosen(mask: Tensor, new: State, old: State) -> State:
     """The masked rows of `new`, the others of `old`."""
     shaped = (mask.reshape(-1, *(1,) * (part.ndim - 1)) for part in new)
     return tuple(torch.where(m, a, b) for m, a, b in zip(shaped, new, old, strict=True))
