@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.batched import chosen
+from ebbflow.differentiation.batched_steps import chosen
 from ebbflow.differentiation.fields import Field, Structure, Time
 from ebbflow.differentiation.march import Control, Passage, march
 from ebbflow.differentiation.methods import Method, State, Step

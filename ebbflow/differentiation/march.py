@@ -97,7 +97,7 @@ def march(
 def advance(method: Method, f: Field, passage: Passage, state: State) -> tuple[State, list[Tensor]]:
     """Replay one accepted step: the state after it and the outputs in it, in their order."""
     if passage.moved is not None:
-        from ebbflow.differentiation.batched import advance_each
+        from ebbflow.differentiation.batched_steps import advance_each
 
         return advance_each(method, f, passage, state)
     step = method.step(f, passage.t, passage.h, state)
@@ -108,7 +108,7 @@ def advance(method: Method, f: Field, passage: Passage, state: State) -> tuple[S
 def undo(method: Method, f: Field, passage: Passage, state: State) -> State:
     """The state before an accepted step."""
     if passage.moved is not None:
-        from ebbflow.differentiation.batched import undo_each
+        from ebbflow.differentiation.batched_steps import undo_each
 
         return undo_each(method, f, passage, state)
     return passage.before or method.undo(f, passage.t, passage.h, state)

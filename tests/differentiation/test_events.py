@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -83,7 +83,14 @@ def test_each_sample_has_its_own_event(mode: Any, method: str, more: dict[str, i
         return torch.stack([y[:, 1], -gravity.expand(4)], -1)
 
     found = odeint_event(
-        f, y0, TIMES, lambda t, y: y[:, 0], method=method, gradient=mode, batch_dims=1, **more
+        f,
+        y0,
+        TIMES,
+        lambda t, y: y[:, 0],
+        method=method,
+        gradient=mode,
+        batch_dims=1,
+        **cast(Any, more),
     )
     assert isinstance(found.happened, Tensor)
     assert found.happened.tolist() == [True, False, True, True]
