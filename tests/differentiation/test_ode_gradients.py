@@ -212,7 +212,7 @@ def test_memory_is_flat_in_the_steps_unless_every_operation_is_recorded(method: 
 
     many = 1000 if method == "reversible-heun" else 100
     for gradient in ("adjoint", "reversible"):
-        assert peak(gradient, many) == pytest.approx(peak(gradient, 10), abs=0.5)
+        assert peak(gradient, many) == pytest.approx(peak(gradient, 10), abs=2.5)
     few, many = peak("checkpoint", 9), peak("checkpoint", 81)
     # √n states of at most three tensors more.
     assert many - few <= 3 * (9 - 3) + 1
@@ -393,9 +393,12 @@ def test_undoing_stands_contraction(fixed: bool, batch_dims: int):
         loss = (run.ys * run.ys.new_tensor([1.0, 2.0])).sum()
         return [loss.detach(), *torch.autograd.grad(loss, [y, rate])]
 
-    found = pulled(gradient="reversible")
-    close(found, pulled(gradient="direct"), 1e-4 if fixed else 1e-5)
+    found, direct = pulled(gradient="reversible"), pulled(gradient="direct")
+    close(found, direct, 1e-4 if fixed else 1e-5)
     close(found, pulled(method=coupled), 1e-9)
+    if not (fixed and batch_dims):
+        # Set back to nothing but the outputs, the adjoint would magnify errors to e^38 times.
+        close(pulled(gradient="adjoint"), direct, 1e-3)
 
 
 def test_gaps_are_closed_as_often_as_the_equation_contracts_not_at_every_step():
