@@ -101,11 +101,8 @@ class Snapshots:
             places = order.reshape(*order.shape, *(1,) * (states[0].ndim - 1))
             pulls = [*cotangents, *[torch.zeros_like(cotangents[0])] * len(self.kept)]
             places = places.expand(-1, *states[0].shape)
-            return (
-                every,
-                torch.stack(states).gather(0, places),
-                torch.stack(pulls).gather(0, places),
-            )
+            both = torch.stack(states).gather(0, places), torch.stack(pulls).gather(0, places)
+            return every, [*both[0]], [*both[1]]
         sign = 1.0 if times[-1] > times[0] else -1.0
         every = [*times, *(t for _, t, _ in self.kept)]
         order = sorted(range(len(every)), key=lambda i: sign * float(every[i]))
