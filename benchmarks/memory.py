@@ -9,6 +9,7 @@ backward pass. With `--model`, a reward (the mean pixel) is differentiated throu
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,14 @@ MODES = ("direct", "checkpoint", "reversible", "adjoint")
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most memory that tensors held at once while `run` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
+    # What was garbage before must not be freed, and so be counted, while it runs.
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            run()
+    finally:
+        gc.enable()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = top = 0

@@ -3,21 +3,61 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from ebbflow.differentiation.batched_steps import (
+    chosen,
+    closed_of,
+    march_grid_each,
+    outputs_of,
+    put,
+    unreached,
+)
 from ebbflow.differentiation.fields import Field
 from ebbflow.differentiation.march import (
     DONE,
+    FORESIGHT,
     MAX_STEPS,
+    SAFETY,
+    SMOOTHING,
     STUCK,
     Control,
     March,
     OnStep,
     Passage,
 )
-from ebbflow.differentiation.methods import Method, State, Step
+from ebbflow.differentiation.methods import Method, State
+
+
+@dataclass
+class _Way:
+    """The samples that are stepped together: with a compact field those still on their way.
+
+    Each of `rows` is at `t`, tries `h` (signed) next, and has output `k`, at the time `due`, before
+    it; `goal` is the time that no step passes. The last accepted step was `before`; `memory` is the
+    logarithm of its error as the controller needs it. `on` are those that have not ended.
+    """
+
+    rows: Tensor
+    on: Tensor
+    t: Tensor
+    h: Tensor
+    sign: Tensor
+    k: Tensor
+    due: Tensor
+    goal: Tensor
+    memory: Tensor
+    before: Tensor
+    steps: Tensor
+    since: Tensor
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all samples but these."""
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name)[places])
 
 
 def march_each(
@@ -33,196 +73,163 @@ def march_each(
     A sample that has ended, or whose step was rejected, keeps its state; with a compact field only
     the samples that are still on their way are evaluated.
     """
+    if control.grid is not None:
+        return march_grid_each(method, f, times, y0, control, on_step)
     count, batch = times.shape
-    device = times.device
-    every = torch.arange(batch, device=device)
-    sign = torch.sign(times[-1] - times[0])
-    t = times[0].clone()
+    every = torch.arange(batch, device=times.device)
     f.rows, calls = (every if f.compact else None), f.calls
-    run = March([y0] * count, method.start(f, t, y0))
-    run.status = torch.full((batch,), MAX_STEPS, device=device)
-    run.steps, run.rejected = torch.zeros_like(every), torch.zeros_like(every)
-    if control.grid is None:
-        h = _first_steps(method, f, t, y0, run.state, times[-1] - t, control)
+    run = March([y0] * count, method.start(f, times[0], y0))
+    run.status = torch.full_like(every, DONE)
+    run.steps, run.rejected, run.evaluations = (torch.zeros_like(every) for _ in range(3))
+    run.end = times[0].clone()
+    span = times[-1] - times[0]
+    sign = torch.sign(span)
+    if control.first_step is None:
+        h = sign * _first_steps(method, f, times[0], y0, run.state, span, control)
     else:
-        h = torch.zeros_like(t)
-    previous = torch.ones_like(t)
-    k = torch.ones_like(every)
-    alive = sign != 0
-    run.status = torch.where(alive, run.status, DONE)
-    grid = None if control.grid is None else torch.tensor(control.grid, device=device)
-    limit = control.max_steps if grid is None else grid.shape[0] - 1
-    evaluations = torch.full_like(every, f.calls - calls)
-    for number in range(limit):
-        rows = alive.nonzero()[:, 0] if f.compact else every
-        if rows.numel() == 0 or not (f.compact or bool(alive.any())):
+        h = sign * control.first_step
+    memory = torch.full_like(h, math.log(SAFETY))
+    first, last, on = torch.ones_like(every), times[-1].clone(), sign != 0
+    due = times[1].clone()
+    goal = last if method.has_dense else due
+    now = times[0].clone()
+    way = _Way(every, on, now, h, sign, first, due, goal, memory, h, run.steps, run.steps)
+    # The state of the samples on the way, and their columns of the times.
+    state, columns = run.state, times
+    # Whether some samples of the way have ended and only keep their places.
+    idle = False
+
+    def end(which: Tensor, status: int, attempts: int) -> None:
+        """Write down the samples of this mask, which end here: arrived, or with that status."""
+        nonlocal state, columns, idle
+        rows = way.rows[which]
+        assert isinstance(run.end, Tensor) and run.evaluations is not None
+        assert isinstance(run.status, Tensor) and isinstance(run.rejected, Tensor)
+        run.status[rows] = torch.where(way.k[which] >= count, DONE, status)
+        run.end[rows] = way.t[which]
+        run.evaluations[rows] = f.calls - calls
+        run.steps[rows] = way.steps[which]  # type: ignore[index]
+        run.rejected[rows] = attempts - way.steps[which]
+        if not f.compact:
+            way.on, idle = way.on & ~which, True
+            return
+        ended = which.nonzero()[:, 0]
+        pairs = zip(run.state, state, strict=True)
+        run.state = tuple(whole.index_copy(0, rows, part[ended]) for whole, part in pairs)
+        left = (~which).nonzero()[:, 0]
+        way.keep(left)
+        state, columns = tuple(part[left] for part in state), columns[:, left]
+
+    if not bool(on.all()):
+        end(~on, DONE, 0)
+    for attempt in range(1, control.max_steps + 1):
+        if not (way.rows.numel() if f.compact else not idle or bool(way.on.any())):
             break
-        on = alive[rows]
-        f.rows = rows if f.compact else None
-        calls = f.calls
-        here = t[rows]
-        if grid is not None:
-            # Fractions of each sample's interval between consecutive outputs.
-            target = _grid_point(times, grid[number + 1])[rows]
-            full = torch.ones_like(on)
-        else:
-            target = times[-1][rows] if method.has_dense else times.gather(0, k[None])[0][rows]
-            full = h[rows] >= (target - here).abs() * (1 - 1e-12)
-            target = torch.where(full, target, here + sign[rows] * h[rows])
-        step_h = torch.where(on, target - here, 0.0)
-        state = _take(run.state, rows if f.compact else None)
-        step = method.step(f, here, step_h, state)
-        if grid is None:
-            assert step.error is not None
-            error = _norms(step.error.detach(), state[0].detach(), step.state[0].detach(), control)
-            good = on & (error <= 1)
-            if torch.is_grad_enabled() and bool((on & ~torch.isfinite(error)).any()):
+        f.rows = way.rows if f.compact else None
+        here, left = way.t, way.goal - way.t
+        lands = left / way.h <= 1 + 1e-12
+        tried = torch.where(lands, left, way.h)
+        if idle:
+            tried = torch.where(way.on, tried, 0.0)
+        step = method.step(f, here, tried, state)
+        assert step.error is not None
+        error = _norms(step.error.detach(), state[0].detach(), step.state[0].detach(), control)
+        good = error <= 1 if not idle else (error <= 1) & way.on
+        after = torch.where(lands, way.goal, here + tried)
+        # Every sample moves, in most steps: then nothing has to be masked.
+        easy = bool(good.all())
+        moves = tried
+        if not easy:
+            moves = torch.where(good, tried, 0.0)
+            after = torch.where(good, after, here)
+            if torch.is_grad_enabled() and bool((way.on & ~torch.isfinite(error)).any()):
                 # A rejected sample that overflowed would turn the others' gradients into NaN.
-                step = method.step(f, here, torch.where(good, step_h, 0.0), state)
-        else:
-            error, good = torch.ones_like(step_h), on
-        evaluations += (f.calls - calls) * alive
-        if bool(good.any()):
-            after = torch.where(good, target, here)
-            outputs = []
-            crossed = (times[:, rows] - here) * sign[rows] > 0
-            crossed &= (times[:, rows] - after) * sign[rows] <= 0
-            crossed &= good
-            for index in crossed.any(1).nonzero()[:, 0].tolist():
-                inside = crossed[index]
-                theta = torch.where(
-                    times[index, rows] == after, 1.0, (times[index, rows] - here) / step_h
-                )
-                outputs.append((index, torch.where(inside, theta, 1.0), inside))
-            passage = Passage(
-                here,
-                torch.where(good, step_h, 0.0),
-                tuple(outputs),
-                rows if f.compact else None,
-                good,
-            )
-            run.passages.append(passage)
-            for (index, _, inside), value in zip(outputs, _outputs(step, passage), strict=True):
-                run.outputs[index] = _put(run.outputs[index], passage.rows, inside, value)
-            run.state = _moved(run.state, step.state, passage)
+                step = method.step(f, here, moves, state)
+        _next_steps(way, method, tried, lands, error, None if easy else good)
+        outputs = ()
+        if easy or bool(good.any()):
+            arrived = ((after - way.due) * way.sign >= 0) & good
+            if bool(arrived.any()):
+                outputs = _crossed(columns, way.sign, here, after, moves, good)
+            new, gap, kept, part = step.state, method.gap(step.state), None, None
+            if gap is not None:
+                way.since = way.since + good
+                apart = _norms(gap.detach(), state[0].detach(), new[0].detach(), control)
+                part = good & (apart > way.since)
+                new, kept = closed_of(method, part, new, state)
+                way.since = torch.where(part, 0, way.since)
+            rows = way.rows if f.compact else None
+            passage = Passage(here, moves, outputs, rows, good, kept, part)
+            if control.record:
+                run.passages.append(passage)
+            for (index, _, inside), value in zip(outputs, outputs_of(step, passage), strict=True):
+                run.outputs[index] = put(run.outputs[index], passage.rows, inside, value)
             if on_step is not None:
                 on_step(passage, step)
-            t = t.index_copy(0, rows, after)
-            k = k.index_add(0, rows, crossed.sum(0))
-            run.steps = run.steps.index_add(0, rows, good.long())
-        run.rejected = run.rejected.index_add(0, rows, (on & ~good).long())
-        done = k >= count
-        run.status = torch.where(done, DONE, run.status)
-        k = k.clamp(max=count - 1)
-        alive = alive & ~done
-        if grid is None:
-            h, previous, stuck = _next_steps(
-                method, rows, h, previous, step_h, error, good, full, here
-            )
-            run.status = torch.where(stuck & alive, STUCK, run.status)
-            alive = alive & ~stuck
-    run.end, run.evaluations = t, evaluations
-    run.outputs = [_unreached(y, run, times[i], sign) for i, y in enumerate(run.outputs)]
+            state = new if easy else chosen(good, new, state)
+            way.t, way.steps = after, way.steps + good
+            for _, _, inside in outputs:
+                way.k = way.k + inside
+            if outputs:
+                way.due = columns.gather(0, way.k.clamp(max=count - 1)[None])[0]
+                way.goal = way.goal if method.has_dense else way.due
+        if not easy or outputs:
+            ended = way.on & ((way.k >= count) | ~good & (here + way.h == here))
+            if bool(ended.any()):
+                end(ended, STUCK, attempt)
+    if bool(way.on.any()):
+        end(way.on, MAX_STEPS, control.max_steps)
+    if not f.compact:
+        run.state = state
+    run.outputs = [unreached(y, run, times[i], sign) for i, y in enumerate(run.outputs)]
     return run
 
 
-def _grid_point(times: Tensor, place: Tensor) -> Tensor:
-    """The time of each sample at a place of the grid: output k plus a fraction of its interval."""
-    k = int(min(math.floor(float(place)), times.shape[0] - 1))
-    fraction = float(place) - k
-    if fraction == 0:
-        return times[k]
-    return times[k] + fraction * (times[k + 1] - times[k])
-
-
-def advance_each(
-    method: Method, f: Field, passage: Passage, state: State
-) -> tuple[State, list[Tensor]]:
-    """Replay an accepted step of a batch; outputs are zero where they are not a sample's."""
-    assert isinstance(passage.h, Tensor) and passage.moved is not None
-    f.rows = passage.rows
-    step = method.step(f, passage.t, passage.h, _take(state, passage.rows))
+def _crossed(
+    times: Tensor, sign: Tensor, here: Tensor, after: Tensor, h: Tensor, good: Tensor
+) -> tuple[tuple[int, Tensor, Tensor], ...]:
+    """The outputs in a step as (index, θ, which samples)."""
+    crossed = ((times - here) * sign > 0) & ((times - after) * sign <= 0) & good
     outputs = []
-    for (_, _, inside), value in zip(passage.outputs, _outputs(step, passage), strict=True):
-        assert inside is not None
-        outputs.append(_put(torch.zeros_like(state[0]), passage.rows, inside, value))
-    return _moved(state, step.state, passage), outputs
-
-
-def undo_each(method: Method, f: Field, passage: Passage, state: State) -> State:
-    """The state before an accepted step of a batch."""
-    f.rows = passage.rows
-    before = method.undo(f, passage.t, passage.h, _take(state, passage.rows))
-    return _moved(state, before, passage)
-
-
-def _take(state: State, rows: Tensor | None) -> State:
-    return state if rows is None else tuple(part[rows] for part in state)
-
-
-def _moved(old: State, new: State, passage: Passage) -> State:
-    assert passage.moved is not None
-    return tuple(_put(a, passage.rows, passage.moved, b) for a, b in zip(old, new, strict=True))
-
-
-def _put(old: Tensor, rows: Tensor | None, mask: Tensor, new: Tensor) -> Tensor:
-    """`old` with the masked rows of `new` (which are `rows` of the batch) in their places."""
-    mask = mask.reshape(-1, *(1,) * (new.ndim - 1))
-    if rows is None:
-        return torch.where(mask, new, old)
-    return old.index_copy(0, rows, torch.where(mask, new, old[rows]))
-
-
-def _outputs(step: Step, passage: Passage) -> list[Tensor]:
-    out = []
-    for _, theta, _ in passage.outputs:
-        if step.dense is None or bool((torch.as_tensor(theta) == 1.0).all()):
-            out.append(step.state[0])
-        else:
-            out.append(step.dense(theta))
-    return out
-
-
-def _unreached(y: Tensor, run: March, time: Tensor, sign: Tensor) -> Tensor:
-    """Outputs beyond the end of a sample that did not arrive are its last state."""
-    assert isinstance(run.end, Tensor)
-    beyond = (time - run.end) * sign > 0
-    if not bool(beyond.any()):
-        return y
-    return torch.where(beyond.reshape(-1, *(1,) * (y.ndim - 1)), run.state[0], y)
+    for index in crossed.any(1).nonzero()[:, 0].tolist():
+        inside, time = crossed[index], times[index]
+        theta = torch.where(inside & (time != after), (time - here) / h, 1.0)
+        outputs.append((index, theta, inside))
+    return tuple(outputs)
 
 
 def _norms(error: Tensor, y: Tensor, y1: Tensor, control: Control) -> Tensor:
     """Each sample's root mean square of error / (atol + rtol max(|y|, |y1|)), in float64."""
-    scale = torch.maximum(y.abs(), y1.abs()) * control.rtol + control.atol
-    size = torch.linalg.vector_norm((error / scale).reshape(error.shape[0], -1), dim=1)
-    return size.double() / math.sqrt(max(error[0].numel(), 1))
+    scale = torch.maximum(y.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
+    size = torch.linalg.vector_norm((error / scale).flatten(1), dim=1).double()
+    return size if error[0].numel() <= 1 else size / math.sqrt(error[0].numel())
 
 
 def _next_steps(
-    method: Method,
-    rows: Tensor,
-    h: Tensor,
-    previous: Tensor,
-    step_h: Tensor,
-    error: Tensor,
-    good: Tensor,
-    full: Tensor,
-    here: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The controller of `march.growth` for each sample; also which samples can step no further."""
+    way: _Way, method: Method, tried: Tensor, lands: Tensor, error: Tensor, good: Tensor | None
+) -> None:
+    """The controller of `march.growth` for each sample; `good` is None where all moved."""
     q = method.error_order + 1
-    finite = torch.isfinite(error)
-    size = torch.where(finite, error, 1.0).clamp(min=1e-10)
-    factor = (0.9 * size ** (-0.85 / q) * previous[rows] ** (0.2 / q)).clamp(0.2, 10.0)
-    factor = torch.where(good, factor, torch.where(finite, factor.clamp(max=0.9), 0.1))
-    new = step_h.abs() * factor
-    new = torch.where(good & full, torch.maximum(new, h[rows]), new)
-    stuck = torch.zeros_like(h, dtype=torch.bool)
-    stuck[rows] = ~good & (step_h != 0) & (here + new == here)
-    h = h.index_copy(0, rows, torch.where(step_h == 0, h[rows], new))
-    memory = torch.where(good, size.clamp(min=1e-4), previous[rows])
-    return h, previous.index_copy(0, rows, memory), stuck
+    if good is not None:
+        error = torch.nan_to_num(error, nan=math.inf, posinf=math.inf)
+    size = error.clamp(min=1e-10).log_()
+    factor = torch.add(way.memory, size, alpha=-1 / q).exp_()
+    memory = size.clamp_(min=math.log(1e-4)).mul_(SMOOTHING / q).add_(math.log(SAFETY))
+    grown = (tried / way.before).pow_(FORESIGHT).mul_(factor).clamp_(0.2, 10.0)
+    if good is not None:
+        grown = torch.where(good, grown, factor.clamp(0.2, 0.9))
+    h, before = tried * grown, tried
+    if not method.has_dense:
+        # A step shortened to land says nothing about the step size that the error allows.
+        short = lands & (tried.abs() < way.h.abs())
+        if good is not None:
+            short = short & good
+        h = torch.where(short & (h.abs() < way.h.abs()), way.h, h)
+        good = ~short if good is None else good & ~short
+    if good is not None:
+        memory = torch.where(good, memory, way.memory)
+        before = torch.where(good, before, way.before)
+    way.h, way.memory, way.before = h, memory, before
 
 
 @torch.no_grad()

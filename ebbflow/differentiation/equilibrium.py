@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ebbflow.differentiation.methods import Method
 from ebbflow.differentiation.ode import Gradient, odeint
 
 log = logging.getLogger("ebbflow")
@@ -127,7 +128,8 @@ class HomotopyODE(nn.Module):
     Args:
         field: `field(z, x)` of z's shape.
         shape: of one z.
-        rtol, atol, gradient: of `odeint` (dopri5).
+        rtol, atol, gradient, method: of `odeint`. "checkpoint" is exact for every method; with
+            "alf", "reversible" takes less memory; "adjoint" needs a field that contracts little.
         momentum: of the running mean, updated in training mode; 0 keeps the start at zero.
 
     Paper: Two Sides of The Same Coin: Bridging Deep Equilibrium Models and Neural ODEs via Homotopy
@@ -142,15 +144,16 @@ class HomotopyODE(nn.Module):
         shape: Sequence[int],
         rtol: float = 1e-3,
         atol: float = 1e-3,
-        gradient: Gradient = "adjoint",
+        gradient: Gradient = "checkpoint",
         momentum: float = 0.1,
+        method: str | Method = "dopri5",
     ) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.field, self.rtol, self.atol = field, rtol, atol
         self.gradient: Gradient = gradient
-        self.momentum = momentum
+        self.momentum, self.method = momentum, method
         self.register_buffer("start", torch.zeros(*shape))
         self.evaluations = 0
 
@@ -165,6 +168,7 @@ class HomotopyODE(nn.Module):
             slope,
             z0,
             [0.0, 1.0],
+            method=self.method,
             rtol=self.rtol,
             atol=self.atol,
             gradient=self.gradient,

@@ -126,11 +126,7 @@ class Field:
 
     def value(self, t: Time, y: Tensor) -> Tensor:
         """f, not counted."""
-        if isinstance(t, Tensor):
-            time = t.to(self.real).reshape(-1, *(1,) * (self.rank - 1))
-        else:
-            time = torch.tensor(t, dtype=self.real, device=self.device)
-        state = self.structure.unpack(y)
+        time, state = self.time(t), self.structure.unpack(y)
         value = self.f(time, state, self.rows) if self.compact else self.f(time, state)
         out = self.structure.pack(value)
         if not isinstance(out, Tensor) or out.shape != y.shape:
@@ -140,11 +136,24 @@ class Field:
             )
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
+    def time(self, t: Time) -> Tensor:
+        """The time as f sees it: a scalar, or (B, 1, …), of the state's type."""
+        if isinstance(t, Tensor):
+            return t.to(self.real).reshape(-1, *(1,) * (self.rank - 1)) if t.ndim else t
+        return torch.tensor(t, dtype=self.real, device=self.device)
+
     def weight(self, h: Time, y: Tensor) -> float | Tensor:
         """The step as something that multiplies y: a float, or a tensor (B, 1, …) of its type."""
         if isinstance(h, Tensor):
             return h.to(self.real).reshape(-1, *(1,) * (y.ndim - 1))
         return h
+
+
+def later(t: Time, c: float, h: Time) -> Time:
+    """`t + c h`."""
+    if isinstance(t, Tensor) and isinstance(h, Tensor):
+        return torch.add(t, h, alpha=c)
+    return t + c * h
 
 
 def scaled(y: Tensor, w: float | Tensor, v: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ from ebbflow.differentiation.methods import Method, State, Step
 
 DONE, MAX_STEPS, STUCK, EVENT = 0, 1, 2, 3
 STATUS = ("done", "max_steps", "stuck", "event")
+# Of the controller of steps (`growth`).
+SAFETY, SMOOTHING, FORESIGHT = 0.97, 0.4, 0.3
+# Of fixed steps: the relative gap between two copies of a solution that is closed.
+CLOSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Passage:
     """One accepted step: from t by h, and the outputs in it as (index, θ).
 
     With a batch axis t, h and θ hold one number for each of `rows`; `moved` are those that moved.
+    Where the gap in the state (`Method.gap`) was closed after the step, which cannot be undone,
+    `before` is the state before it, with a batch axis of the samples `closed` alone.
     """
 
     t: Time
@@ -33,17 +39,23 @@ class Passage:
     outputs: tuple[tuple[int, Time, Tensor | None], ...] = ()
     rows: Tensor | None = None
     moved: Tensor | None = None
+    before: State | None = None
+    closed: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Control:
-    """How steps are chosen: `grid` (all of them, given) or a tolerance with a cap on attempts."""
+    """How steps are chosen: `grid` (all of them, given) or a tolerance with a cap on attempts.
+
+    `record`: whether accepted steps are written down.
+    """
 
     rtol: float = 1e-6
     atol: float = 1e-9
     max_steps: int = 10_000
     first_step: float | None = None
     grid: tuple[float, ...] | None = None
+    record: bool = True
 
 
 @dataclass
@@ -78,18 +90,33 @@ def march(
 
         return march_each(method, f, times, y0, control, on_step)
     if control.grid is not None:
-        return _march_grid(method, f, times, y0, control.grid, on_step)
+        return _march_grid(method, f, times, y0, control, on_step)
     return _march_one(method, f, times, y0, control, on_step)
 
 
 def advance(method: Method, f: Field, passage: Passage, state: State) -> tuple[State, list[Tensor]]:
     """Replay one accepted step: the state after it and the outputs in it, in their order."""
     if passage.moved is not None:
-        from ebbflow.differentiation.batched import advance_each
+        from ebbflow.differentiation.batched_steps import advance_each
 
         return advance_each(method, f, passage, state)
     step = method.step(f, passage.t, passage.h, state)
-    return step.state, [_output(step, theta) for _, theta, _ in passage.outputs]
+    after = step.state if passage.before is None else method.closed(step.state)
+    return after, [_output(step, theta) for _, theta, _ in passage.outputs]
+
+
+def undo(method: Method, f: Field, passage: Passage, state: State) -> State:
+    """The state before an accepted step."""
+    if passage.moved is not None:
+        from ebbflow.differentiation.batched_steps import undo_each
+
+        return undo_each(method, f, passage, state)
+    return passage.before or method.undo(f, passage.t, passage.h, state)
+
+
+def detached(state: State) -> State:
+    """The state without its graph."""
+    return tuple(part.detach() for part in state)
 
 
 def _output(step: Step, theta: Time) -> Tensor:
@@ -104,21 +131,25 @@ def _march_grid(
     f: Field,
     times: list[float],
     y0: Tensor,
-    grid: tuple[float, ...],
+    control: Control,
     on_step: OnStep | None,
 ) -> March:
     """Steps between consecutive nodes of a grid that contains every output time."""
     run = March([y0], method.start(f, times[0], y0))
-    k = 1
+    grid, k = control.grid or (), 1
     for t, s in pairwise(grid):
         step = method.step(f, t, s - t, run.state)
-        run.state = step.state
+        gap, before, state = method.gap(step.state), None, step.state
+        if gap is not None and bool(gap.norm() > CLOSE * state[0].norm()):
+            before, state = detached(run.state), method.closed(state)
+        run.state = state
         hit = k < len(times) and s == times[k]
-        passage = Passage(t, s - t, ((k, 1.0, None),) if hit else ())
+        passage = Passage(t, s - t, ((k, 1.0, None),) if hit else (), before=before)
         if hit:
             run.outputs.append(step.state[0])
             k += 1
-        run.passages.append(passage)
+        if control.record:
+            run.passages.append(passage)
         if on_step is not None:
             on_step(passage, step)
     run.steps, run.end = len(grid) - 1, times[-1]
@@ -137,8 +168,10 @@ def _march_one(
     run = March([y0], method.start(f, t, y0), end=t)
     sign = 1.0 if last > t else -1.0
     h = control.first_step or first_step(method, f, t, y0, run.state, last - t, control)
-    previous = 1.0
-    k = 1
+    # The error and the size of the last accepted step.
+    previous, before = 1.0, h
+    # Copies of the solution may part like the errors of steps add up: by the tolerance a step.
+    k, since = 1, 0
     for _ in range(control.max_steps):
         target = last if method.has_dense else times[k]
         lands = h >= abs(target - t) * (1 - 1e-12)
@@ -155,23 +188,29 @@ def _march_one(
                 outputs.append((k, theta, None))
                 run.outputs.append(_output(step, theta))
                 k += 1
-            passage = Passage(t, step_h, tuple(outputs))
-            run.passages.append(passage)
+            gap, kept, state, since = method.gap(step.state), None, step.state, since + 1
+            if gap is not None and float(error_norm(gap.detach(), y, y1, control)) > since:
+                kept, state, since = detached(run.state), method.closed(state), 0
+            passage = Passage(t, step_h, tuple(outputs), before=kept)
+            if control.record:
+                run.passages.append(passage)
             run.steps += 1
-            run.state, t = step.state, s
+            run.state, t = state, s
             if on_step is not None:
                 on_step(passage, step)
             if k == len(times):
                 run.end = t
                 return run
             # A step shortened to land says nothing about the step size that the error allows.
-            grown = abs(step_h) * growth(error, previous, method.error_order)
-            h = max(grown, h) if lands and abs(step_h) < h else grown
-            previous = max(error, 1e-4)
+            grown = abs(step_h) * growth(error, previous, method.error_order, abs(step_h) / before)
+            if lands and abs(step_h) < h:
+                h = max(grown, h)
+            else:
+                h, previous, before = grown, max(error, 1e-4), abs(step_h)
         else:
             run.rejected += 1
-            shrink = growth(error, previous, method.error_order) if math.isfinite(error) else 0.1
-            h = abs(step_h) * min(shrink, 0.9)
+            size = error if math.isfinite(error) else math.inf
+            h = abs(step_h) * min(growth(size, previous, method.error_order), 0.9)
             if t + sign * h == t:
                 run.status = STUCK
                 break
@@ -182,14 +221,17 @@ def _march_one(
     return run
 
 
-def growth(error: float, previous: float, error_order: int) -> float:
-    """The factor to the next step: 0.9 e^(-0.85/q) e_prev^(0.2/q), q = order of the estimate + 1.
+def growth(error: float, previous: float, error_order: int, ratio: float = 1.0) -> float:
+    """The factor to the next step: 0.97 e^(-1/q) e_prev^(0.4/q) (h/h_prev)^0.3, accepted steps'.
 
-    Steps then settle at e = 0.9^(q / 0.65), 0.44 for the fifth-order pairs. Solving Ordinary
-    Differential Equations II, section IV.2.
+    q is the order of the estimate + 1, `ratio` is h/h_prev. The last two factors foresee that an
+    error which has been growing goes on growing: few steps are rejected, though the error settles
+    at 0.97^(q/0.6), near the tolerance. Predictive control as in Solving Ordinary Differential
+    Equations II, section IV.8, with gains for explicit methods.
     """
     q = error_order + 1
-    return min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** (-0.85 / q) * previous ** (0.2 / q)))
+    factor = SAFETY * max(error, 1e-10) ** (-1 / q) * previous ** (SMOOTHING / q)
+    return min(10.0, max(0.2, factor * ratio**FORESIGHT))
 
 
 def error_norm(error: Tensor, y: Tensor, y1: Tensor, control: Control) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ebbflow.differentiation import adjoint, gradients
 from ebbflow.differentiation import parameters as owned
-from ebbflow.differentiation.batched import undo_each
 from ebbflow.differentiation.fields import Field, Structure
-from ebbflow.differentiation.march import STATUS, Control, March, advance, march
+from ebbflow.differentiation.march import STATUS, Control, March, advance, march, undo
 from ebbflow.differentiation.methods import METHODS, Coupled, DiagonallyImplicit, Method, State
 from ebbflow.differentiation.times import output_times, step_ends
 
@@ -85,8 +84,9 @@ def odeint(
     - "checkpoint" replays the accepted steps from at most `checkpoints` states (default √steps).
     - "reversible" undoes the steps: exact to rounding, one state's memory. Methods that cannot be
       undone are wrapped in a reversible coupling of the same order, twice the evaluations.
-    - "adjoint" solves the continuous adjoint equation backwards with the same error control: one
-      state's memory, exact only as the tolerance goes to 0, and unstable where f contracts.
+    - "adjoint" solves the continuous adjoint equation backwards with the same error control, set
+      back to at most eight states on the way: their memory, exact only as the tolerance goes to 0;
+      raises where f contracts too strongly.
 
     Raises ValueError or TypeError for arguments out of range and for half precision.
     Paper: On Neural Differential Equations (Kidger 2022), chapter 5; a method's own in its class.
@@ -105,7 +105,8 @@ def odeint(
     grid = step_ends(times, steps, step_size)
     if steps is None and step_size is None and chosen.error_order:
         grid = None
-    control = Control(rtol, atol, max_steps, first_step, grid)
+    replayed = gradient in ("checkpoint", "reversible") and torch.is_grad_enabled()
+    control = Control(rtol, atol, max_steps, first_step, grid, replayed or not batch_dims)
     problem = OdeProblem(f, structure, compact, chosen, times, control, gradient, checkpoints)
 
     start = packed
@@ -163,6 +164,7 @@ class OdeProblem:
         self.gradient, self.checkpoints = gradient, checkpoints
         self.field = Field(f, structure, compact)
         self.run: March | None = None
+        self.snapshots: adjoint.Snapshots | None = None
         self.evaluations: int | Tensor = 0
 
     @property
@@ -170,7 +172,7 @@ class OdeProblem:
         return self.times[0]
 
     def solve(self, y0: Tensor) -> March:
-        run = march(self.method, self.field, self.times, y0, self.control)
+        run = march(self.method, self.field, self.times, y0, self.control, self.snapshots)
         self.evaluations = self.field.calls if run.evaluations is None else run.evaluations
         return run
 
@@ -191,6 +193,9 @@ class OdeProblem:
         return slope * moved.to(self.field.real)
 
     def forward(self, y0: Tensor) -> tuple[Tensor, State, int]:
+        fractions = self.control.grid is not None and isinstance(self.times, Tensor)
+        if self.gradient == "adjoint" and not fractions:
+            self.snapshots = adjoint.Snapshots(y0, self.times, self.control.grid)
         with torch.no_grad():
             self.run = self.solve(y0)
         end = self.run.state if self.gradient == "reversible" else ()
@@ -210,10 +215,7 @@ class OdeProblem:
 
     def undo(self, index: int, state: State) -> State:
         assert self.run is not None
-        passage = self.run.passages[index]
-        if passage.moved is not None:
-            return undo_each(self.method, self.field, passage, state)
-        return self.method.undo(self.field, passage.t, passage.h, state)
+        return undo(self.method, self.field, self.run.passages[index], state)
 
     def output_indices(self, index: int) -> list[int]:
         assert self.run is not None
@@ -232,9 +234,12 @@ class OdeProblem:
         run = self.run
         assert run is not None
         if self.gradient == "adjoint":
-            times = self._reached()
+            times, ys, pulls = self._reached(), outputs, cotangents
+            if self.snapshots is not None:
+                times, ys, pulls = self.snapshots.merged(times, [*outputs], [*cotangents])
+            control = self.control
             return adjoint.backsolve(
-                self.method, self.field, times, self.control, outputs, cotangents, parameters
+                *(self.method, self.field, times, control, [*ys], [*pulls], parameters)
             )
         last = self._last_cotangent(cotangents)
         if self.gradient == "reversible":

@@ -17,6 +17,8 @@ from ebbflow.differentiation.fields import Structure
 from ebbflow.differentiation.sde_methods import SDE_METHODS, Noise, SdeMethod, State, heun
 from ebbflow.differentiation.times import output_times, step_ends
 
+SNAPSHOTS = 8
+
 
 @dataclass(frozen=True)
 class SdeSolution:
@@ -57,7 +59,7 @@ def sdeint(
 
     Gradients as for `odeint`: "direct", "checkpoint" and (for reversible-heun) "reversible" are the
     discrete solution's own; "adjoint" solves the Stratonovich adjoint backwards along the path,
-    exact only as the steps go to 0.
+    set back to eight states on the way, exact only as the steps go to 0.
     Raises ValueError or TypeError for arguments out of range and noise that a method cannot take.
     Papers: Efficient and Accurate Gradients for Neural SDEs; On Neural Differential Equations.
     """
@@ -127,6 +129,9 @@ class SdeProblem:
         # Which output each node of the grid is; every output time is a node.
         places = {t: k for k, t in enumerate(times)}
         self.output_of = [places.get(t) for t in grid]
+        # States that the adjoint is set back to, at every so many nodes.
+        self.every = -(-len(grid) // SNAPSHOTS)
+        self.kept: dict[int, Tensor] = {}
         self.evaluations = 0
 
     def solve(self, y0: Tensor) -> tuple[Tensor, State]:
@@ -136,6 +141,8 @@ class SdeProblem:
         for index in range(len(self.grid) - 1):
             state, new = self.replay(index, state)
             outputs += new
+            if self.gradient == "adjoint" and not (index + 1) % self.every:
+                self.kept[index + 1] = state[0].detach()
         self.evaluations = self.noise.field.calls
         return torch.stack(outputs), state
 
@@ -200,6 +207,7 @@ class SdeProblem:
                         old = found[i]
                         found[i] = 0.5 * part if old is None else old + 0.5 * part
             k = self.output_of[index]
+            y = self.kept.get(index, y)
             if k is not None:
                 y, a = outputs[k], a + cotangents[k]
         return [a, *found]

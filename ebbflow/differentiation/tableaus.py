@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ebbflow.differentiation.interpolants import hermite, product
@@ -83,13 +84,13 @@ class Tableau:
         """Whether some stage appears in its own equation."""
         return any(len(row) > i and row[i] != 0 for i, row in enumerate(self.a))
 
-    @property
+    @cached_property
     def first_same_as_last(self) -> bool:
         """Whether the last stage is f at the new state, and so the next step's first."""
         last = tuple(self.a[-1]) + (0.0,) * (self.stages - len(self.a[-1]))
         return self.stages > 1 and last == self.b and self.c[-1] == 1 and not any(self.a[0])
 
-    @property
+    @cached_property
     def error(self) -> tuple[float, ...]:
         """Weights of the error estimate, `b - embedded`; empty without an embedded solution."""
         return tuple(x - y for x, y in zip(self.b, self.embedded, strict=False))
@@ -170,7 +171,7 @@ def _dormand_prince() -> Tableau:
         ),
         b,
         (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-        (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
+        (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60),
         4,
         tuple(rows),
         4,

@@ -26,7 +26,7 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, batch_dims: int) -> li
     if not batch_dims:
         return t.tolist()
     t = t.to(y0.device)
-    return t if t.ndim == 2 else t[:, None].expand(-1, y0.shape[0]).contiguous()
+    return t if t.ndim == 2 else t[:, None].expand(-1, y0.shape[0])
 
 
 def step_ends(

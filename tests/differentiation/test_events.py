@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,6 +68,48 @@ def test_without_an_event_the_solution_is_all_there_is():
     found = odeint_event(lambda t, y: {"a": -y["a"]}, y0, [0.0, 1.0], lambda t, y: y["a"].sum() + 1)
     assert not found.happened and float(found.t) == 1.0
     assert torch.equal(found.y["a"], found.ys["a"][-1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("method", "more"), [("dopri5", {}), ("rk4", {"steps": 4})])
+def test_each_sample_has_its_own_event(mode: Any, method: str, more: dict[str, int]):
+    """Balls from four heights; one hits the ground before the first output, one never does."""
+    gravity = torch.tensor(9.81, dtype=torch.float64, requires_grad=True)
+    height = torch.tensor([2.0, 30.0, 0.01, 2.5], dtype=torch.float64, requires_grad=True)
+    y0 = torch.stack([height, torch.zeros_like(height)], -1)
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        assert t.shape == (4, 1)
+        return torch.stack([y[:, 1], -gravity.expand(4)], -1)
+
+    found = odeint_event(
+        f,
+        y0,
+        TIMES,
+        lambda t, y: y[:, 0],
+        method=method,
+        gradient=mode,
+        batch_dims=1,
+        **cast(Any, more),
+    )
+    assert isinstance(found.happened, Tensor)
+    assert found.happened.tolist() == [True, False, True, True]
+    ends = (2 * height.detach() / 9.81).sqrt()
+    ends[1] = TIMES[-1]
+    torch.testing.assert_close(found.t.detach(), ends, rtol=0, atol=1e-9)
+    to_gravity, to_height = torch.autograd.grad(found.t.sum(), [gravity, height], retain_graph=True)
+    moving = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(to_height, moving * ends / 2 / height.detach(), rtol=1e-6, atol=1e-9)
+    assert float(to_gravity) == pytest.approx(float(-(moving * ends).sum()) / 2 / 9.81, rel=1e-6)
+    assert found.ys.shape == (5, 4, 2)
+    for k, t in enumerate(TIMES):
+        s = ends.clamp(max=t)
+        truth = torch.stack([height.detach() - 9.81 * s * s / 2, -9.81 * s], -1)
+        torch.testing.assert_close(found.ys[k].detach(), truth, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.y, found.ys[-1])
+    (to_height,) = torch.autograd.grad(found.ys[-1, :, 1].sum(), height)
+    truth = -moving * 9.81 / (2 * 9.81 * height.detach()).sqrt()
+    torch.testing.assert_close(to_height, truth, rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_no_event_is_refused():

@@ -121,19 +121,62 @@ def test_per_sample_gradients_are_each_samples_own(gradient: str, compact: bool)
         return net(t, y)
 
     def gradient_of(mode: str, **more: Any) -> list[Tensor]:
-        y = start.clone().requires_grad_()
+        y, s = start.clone().requires_grad_(), t.clone().requires_grad_()
         if more.pop("loop", False):
-            ys = torch.stack([odeint(net, y[i], t[:, i], **more) for i in range(3)], 1)
+            ys = torch.stack([odeint(net, y[i], s[:, i], **more) for i in range(3)], 1)
         else:
-            ys = odeint(f, y, t, gradient=mode, batch_dims=1, compact=compact, **more)
+            ys = odeint(f, y, s, gradient=mode, batch_dims=1, compact=compact, **more)
         loss = (ys * WEIGHTS[:, None]).sum()
-        return [loss.detach(), *torch.autograd.grad(loss, [y, net.w, net.b])]
+        return [loss.detach(), *torch.autograd.grad(loss, [y, s, net.w, net.b])]
 
     fine = gradient_of("direct", loop=True, method="rk4", steps=80)
     close(gradient_of(gradient, rtol=4e-7, atol=4e-9), fine, 1e-5)
     if gradient in ("checkpoint",):
         same = gradient_of("direct", rtol=1e-4)
         close(gradient_of(gradient, rtol=1e-4), same, 1e-12)
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_nested_states_have_the_gradients_of_their_parts(batch_dims: int, gradient: str):
+    net = Net()
+
+    def f(t: Tensor, state: Any) -> Any:
+        both = torch.cat([state["a"].double(), state["b"][0]], -1)
+        slope = net(t, both)
+        return {"a": slope[..., :1].float(), "b": [slope[..., 1:]]}
+
+    def gradient_of(f: Any, nested: bool, **more: Any) -> list[Tensor]:
+        shape = (2, 1) if batch_dims else (1,)
+        a = torch.tensor([0.75, -0.5], dtype=torch.float64)[: shape[0]].reshape(shape)
+        a, b = a.requires_grad_(), (a.detach() - 1).requires_grad_()
+        t = times()
+        if nested:
+            ys = odeint(f, {"a": a.float(), "b": [b]}, t, batch_dims=batch_dims, **more)
+            ys = torch.cat([ys["a"].double(), ys["b"][0]], -1)
+        else:
+            ys = odeint(f, torch.cat([a, b], -1), t, **more)
+        loss = (ys * ys.new_tensor([2.0, 1.0])).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [a, b, t, net.w, net.b])]
+
+    fine = gradient_of(net, False, method="rk4", steps=80)
+    # A part of the state is in single precision.
+    close(gradient_of(f, True, gradient=gradient, rtol=1e-6, atol=1e-8), fine, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        *(("reversible-heun", mode) for mode in MODES),
+        *(("alf", mode) for mode in MODES),
+        *((name, mode) for name in ("kvaerno3", "esdirk4") for mode in ("direct", "checkpoint")),
+        *((name, mode) for name in ("midpoint", "heun") for mode in ("reversible", "adjoint")),
+    ],
+)
+def test_the_other_adaptive_methods_have_the_same_gradients(method: str, gradient: str):
+    net = Net()
+    fine = pulled(net, method="rk4", steps=150)
+    close(pulled(net, method=method, gradient=gradient, rtol=1e-5, atol=1e-7), fine, 1e-3)
 
 
 def test_a_rejected_sample_that_overflows_leaves_the_others_gradients_finite():
@@ -148,7 +191,7 @@ def test_a_rejected_sample_that_overflows_leaves_the_others_gradients_finite():
     # y = -log(e^-sy0 + s r t) / s, so dy/dr = -t / (e^-sy0 + s r t).
     truth = -(1 / (torch.exp(-scale) + scale)).sum()
     (found,) = torch.autograd.grad(end.sum(), rate)
-    assert float(found) == pytest.approx(float(truth), rel=1e-5)
+    assert float(found) == pytest.approx(float(truth), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "reversible-heun"])
@@ -167,8 +210,9 @@ def test_memory_is_flat_in_the_steps_unless_every_operation_is_recorded(method: 
 
         return peak_bytes(run) / (50 * 50 * 4)
 
+    many = 1000 if method == "reversible-heun" else 100
     for gradient in ("adjoint", "reversible"):
-        assert peak(gradient, 100) == pytest.approx(peak(gradient, 10), abs=0.5)
+        assert peak(gradient, many) == pytest.approx(peak(gradient, 10), abs=2.5)
     few, many = peak("checkpoint", 9), peak("checkpoint", 81)
     # √n states of at most three tensors more.
     assert many - few <= 3 * (9 - 3) + 1
@@ -315,3 +359,60 @@ def test_recorded_solutions_can_be_differentiated_twice():
     (second,) = torch.autograd.grad(first.sum(), y)
     # y(1) = y0 / (1 - y0).
     assert float(second) == pytest.approx(2 / 0.5**3, rel=1e-5)
+
+
+def contracting(rate: Tensor) -> Callable[..., Tensor]:
+    """y = cos t attracts every solution; two rates, coupled by a rotation."""
+
+    def f(t: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        apart = y - torch.cos(t)
+        return -rate * apart + 3 * apart.flip(-1) * apart.new_tensor([1.0, -1.0]) - torch.sin(t)
+
+    return f
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_undoing_stands_contraction(fixed: bool, batch_dims: int):
+    """Without closing the gap between the coupling's copies it grows to e^40 times an error."""
+    from ebbflow.differentiation.methods import METHODS, Coupled
+
+    coupled = Coupled.around(METHODS["dopri5"])
+    control: Any = {"steps": 200} if fixed else {"rtol": 1e-7, "atol": 1e-9}
+    start = torch.tensor([[1.5, 0.3], [-0.2, 1.0]], dtype=torch.float64)
+    times = torch.tensor([[0.0, 0.0], [0.05, 0.1], [1.5, 2.0]], dtype=torch.float64)
+    start, times = (start, times) if batch_dims else (start[0], times[:, 0])
+
+    def pulled(**arguments: Any) -> list[Tensor]:
+        rate = torch.tensor([20.0, 4.0], dtype=torch.float64, requires_grad=True)
+        y = start.clone().requires_grad_()
+        run = odeint(
+            contracting(rate), y, times, batch_dims=batch_dims, full=True, **control, **arguments
+        )
+        assert run.status in ("done", ["done", "done"])
+        loss = (run.ys * run.ys.new_tensor([1.0, 2.0])).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [y, rate])]
+
+    found, direct = pulled(gradient="reversible"), pulled(gradient="direct")
+    close(found, direct, 1e-4 if fixed else 1e-5)
+    close(found, pulled(method=coupled), 1e-9)
+    if not (fixed and batch_dims):
+        # Set back to nothing but the outputs, the adjoint would magnify errors to e^38 times.
+        close(pulled(gradient="adjoint"), direct, 1e-3)
+
+
+def test_gaps_are_closed_as_often_as_the_equation_contracts_not_at_every_step():
+    from ebbflow.differentiation.fields import Field, Structure
+    from ebbflow.differentiation.march import Control, march
+    from ebbflow.differentiation.methods import METHODS, Coupled
+
+    y = torch.tensor([1.5, 0.3], dtype=torch.float64)
+    f = Field(contracting(torch.tensor([20.0, 4.0], dtype=torch.float64)), Structure(y, 0))
+    kept, steps = [], []
+    for rtol in (1e-5, 1e-7, 1e-9):
+        run = march(Coupled.around(METHODS["dopri5"]), f, [0.0, 2.0], y, Control(rtol, rtol))
+        kept.append(sum(p.before is not None for p in run.passages))
+        steps.append(int(run.steps))
+    # The gap grows to e^40 times an error if it is left alone.
+    assert steps[2] > 4 * steps[0] and kept[2] < steps[2] / 5
+    assert 0 < max(kept) < 40

@@ -190,7 +190,10 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(
     ("divergence", "gradient"),
-    [("exact", "direct"), ("exact", "checkpoint"), ("hutchinson", "direct")],
+    [
+        *(("exact", mode) for mode in ("direct", "checkpoint", "reversible", "adjoint")),
+        *(("hutchinson", mode) for mode in ("direct", "adjoint")),
+    ],
 )
 def test_gradients_are_finite_differences(divergence: Any, gradient: Any) -> None:
     net = Net()
