@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebbflow.denoiser import Denoiser
 from ebbflow.differentiation import odeint
@@ -81,7 +83,7 @@ def log_likelihood(
     def field(angle: Tensor, state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         u, here = state[0], per_sample(condition, batch, rows)
         keep = record and torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), _twice_differentiable(keep):
             point = u if keep and u.requires_grad else u.detach().requires_grad_()
             slope = flow(angle.reshape(-1), point, here)
             pull = traces.Pull(slope, point, keep)
@@ -121,6 +123,11 @@ def log_likelihood(
     scatter = collected.detach().std(1) / math.sqrt(samples)
     solver = rtol * (1 + collected.detach().mean(1).abs())
     return value, torch.hypot(scatter, solver)
+
+
+def _twice_differentiable(wanted: bool) -> AbstractContextManager[Any]:
+    """Attention of plain operations: its fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
 def _asks(flow: AngleFlow, u: Tensor, condition: Mapping[str, Any]) -> bool:
