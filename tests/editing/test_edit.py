@@ -160,6 +160,19 @@ def test_null_text_follows_the_pivot():
     torch.testing.assert_close(found.nulls[0]["text"], expected, rtol=0, atol=1e-3)
 
 
+def test_null_text_with_the_labels_of_the_model_in_the_package():
+    model = ef.load("fashion-mnist").requires_grad_(False)
+    x0 = ef.sample(model, (1, 1, 32, 32), steps=6, seed=2, label=torch.tensor([9])).double()
+    rows = torch.eye(11)
+    null, label = {"label": rows[[10]]}, rows[[9]]
+    rest = {"steps": 6, "iterations": 8, "rate": 0.1, "label": label}
+    found = editing.null_text(model, x0, scale=3.0, null=null, **rest)
+    plain = ClassifierFree(model, 3.0, null)
+    rest = {"solver": "ddim", "times": found.times, "x_init": found.x1, "label": label}
+    without = (ef.sample(plain, x0.shape, **rest) - found.pivot).norm()
+    assert (found.sample() - found.pivot).norm() < 0.5 * without
+
+
 def test_refusals(data):
     denoiser, x0 = data
     with pytest.raises(ValueError, match=r"strength must lie in .*got 2"):
