@@ -27,7 +27,7 @@ from ebbflow.metrics import classifier
 PICTURES = Path(__file__).parents[1] / "tests" / "data_files" / "fashion_mnist_test_200.npz"
 SETTINGS = ((1.0, 2.0), (1.0, 4.0), (0.9, 2.0), (0.9, 4.0), (0.7, 4.0), (0.7, 7.0))
 CHOSEN = (0.9, 4.0)
-PAIRS = ((9, 7), (0, 3), (2, 0), (7, 9), (8, 0))
+PAIRS = ((9, 7), (0, 3), (2, 0), (7, 9), (8, 0))  # classes before and after
 
 
 def data(first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def methods(count: int = 24, steps: int = 16) -> None:
 
 
 def draw(path: Path, steps: int = 20) -> None:
-    """Rows: before, after, difference, below the mask, and from the first to the last picture."""
+    """Rows: before, after, difference, below the mask, and from one bag to another."""
     denoiser = model()
     pictures, labels, _ = data(0, 200)
     first = [int((labels == source).nonzero()[1]) for source, _ in PAIRS]
@@ -127,9 +127,10 @@ def draw(path: Path, steps: int = 20) -> None:
         for region in (None, mask)
     )
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    ends = [pictures[labels == k][3:4] for k in (9, 9)]
-    ends[1] = pictures[labels == 9][6:7]
-    between = editing.interpolate(denoiser, *ends, shares, steps=steps, label=torch.tensor([9]))
+    bags = pictures[labels == 8]
+    between = editing.interpolate(
+        denoiser, bags[1:2], bags[5:6], shares, steps=steps, label=torch.tensor([8])
+    )
     rows = (x0, whole.after, whole.difference / 2, half.after, torch.cat(between))
     images.write_grid(torch.cat(rows), path, columns=len(PAIRS), scale=3)
 
