@@ -225,6 +225,26 @@ def test_gradients_are_finite_differences(divergence: Any, gradient: Any) -> Non
             torch.testing.assert_close(found[1][index], slope, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_has_the_second_derivatives_that_gradients_need() -> None:
+    torch.manual_seed(0)
+    net = ef.networks.UNet(1, 4, width=8, multipliers=(1,), blocks=1, attention=(4,)).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    denoiser = ef.Denoiser(net, ef.schedules.Cosine(), "v")
+    x0 = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+
+    def value(x: Tensor) -> Tensor:
+        settings: Any = {"divergence": "hutchinson", "samples": 2, "rtol": 1e-3, "floor": 0.3}
+        return ef.log_likelihood(denoiser, x, **settings)[0].sum()
+
+    leaf = x0.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    move = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (value(x0 + move) - value(x0 - move)) / 2e-2
+    torch.testing.assert_close(slope, gradient.norm(), rtol=2e-3, atol=0)
+
+
 def test_nothing_is_recorded_without_need() -> None:
     data = law(1)
     value, _ = ef.log_likelihood(data.denoiser(ef.schedules.Linear()), data.sample(2, 0))
