@@ -52,7 +52,7 @@ def test_every_command_in_the_readme_parses(command: str) -> None:
     assert isinstance(tyro.cli(options, args=arguments), options)
 
 
-PYTHON = ("model", "solvers", "tune", "diffusers", "oracle", "implicit")
+PYTHON = ("model", "solvers", "tune", "diffusers", "reverse", "oracle", "implicit")
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"), ids=PYTHON)
@@ -68,6 +68,15 @@ def test_the_readme_s_python_runs(
     if "mixture" in names:
         spread = names["mixture"].covariance.diagonal().sqrt()
         assert ((result.mean(0) - names["mixture"].mean).abs() < 5 * spread / 1000**0.5).all()
+
+
+GUIDES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+EXAMPLES = [(name, code) for name, text in GUIDES.items() for code in blocks(text, "python")]
+
+
+@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[name for name, _ in EXAMPLES])
+def test_the_guides_python_runs(code: str) -> None:
+    exec(code, {"__name__": "guide"})
 
 
 def test_the_solver_in_the_guide_has_the_order_that_it_states(

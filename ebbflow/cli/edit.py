@@ -1,14 +1,15 @@
 """Change what a picture shows.
 
 Examples:
-  ebbflow edit shirt.png --source 0 --to 3               a T-shirt into a dress
-  ebbflow edit shirt.png --source 0 --to Dress           the same, by name
-  ebbflow edit shirt.png --source 0 --to 3 --strength 0.6  closer to the picture
-  ebbflow edit shirt.png --source 0 --to 3 --mask lower.png  only where the mask is white
+  ebbflow edit shirt.png --to Dress                      a T-shirt into a dress
+  ebbflow edit shirt.png --source 0 --to 3               the same, by numbers, without a guess
+  ebbflow edit shirt.png --to Dress --strength 0.7       closer to the picture
+  ebbflow edit shirt.png --to Dress --mask lower.png     only where the mask is white
 
 The picture is carried to noise under its own class by an exactly invertible scheme, and back under
 the other one. The folder --out gets before.png, after.png, difference.png (grey where nothing
-changed) and report.json with the round-trip error.
+changed) and report.json with the round-trip error. Without --source the class is the one under
+which the model removes noise best.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ class Options:
     """A picture; it is fitted to the model's size, small ones on a dark border."""
     to: str
     """The class to show: a number, or a name that the model knows."""
-    source: str
-    """The class that the picture shows."""
+    source: str | None = None
+    """The class that the picture shows; without it, the model's own guess."""
     model: str = "fashion-mnist"
     """A model in the package, or a folder with config.json."""
-    strength: float = 1.0
+    strength: float = 0.9
     """Share of the way to noise, 0 to 1; 0 changes nothing."""
     mask: Path | None = None
     """A picture of the same size, white where the picture may change and black where not."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance on the way back; without it, the model's own choice."""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance on the way back; 1 is none."""
     method: Literal["leapfrog", "bdia", "edict", "fixed-point", "renoise"] = "leapfrog"
     """Of the inversion."""
-    steps: int = 50
+    steps: int = 20
     """Steps each way."""
     out: Path = Path("edit")
     """The folder for the pictures and report.json."""
@@ -57,31 +58,32 @@ def run(options: Options) -> None:
 
     from ebbflow import images
     from ebbflow.cli import _models
-    from ebbflow.editing import edit
+    from ebbflow.editing import classify, edit
     from ebbflow.files import write_text
 
     began = time.perf_counter()
     device = pick_device(options.device)
     details = _models.config_of(options.model).get("details", {})
     names = details.get("class_names", [])
-    labels = [_class(text, names) for text in (options.source, options.to)]
-    guidance = options.guidance
-    if guidance is None:
-        guidance = _models.guidance_of(options.model)
-    plain, _ = _models.guided(options.model, device, labels, 1.0)
-    guided, _ = _models.guided(options.model, device, labels, guidance)
+    target = _class(options.to, names)
+    source = None if options.source is None else _class(options.source, names)
+    asked = [target] if source is None else [source, target]
+    plain, _ = _models.guided(options.model, device, asked, 1.0)
+    guided, _ = _models.guided(options.model, device, asked, options.guidance)
     if plain.shape is None or len(plain.shape) != 3:
         raise ValueError(f"the model {options.model!r} makes no pictures: its shape {plain.shape}")
     picture = _read(options.picture, plain.shape).to(device)
     mask = None
     if options.mask is not None:
         mask = (_read(options.mask, plain.shape).to(device) + 1) / 2
-    before, after = ({"label": torch.tensor([k], device=device)} for k in labels)
+    known = [{"label": torch.tensor([k], device=device)} for k in range(_models.classes_of(plain))]
+    if source is None:
+        source = int(classify(plain, picture, known).argmin())
     found = edit(
         plain,
         picture,
-        source=before,
-        target=after,
+        source=known[source],
+        target=known[target],
         guided=guided,
         strength=options.strength,
         mask=mask,
@@ -96,10 +98,11 @@ def run(options: Options) -> None:
         "picture": str(options.picture),
         "out": str(options.out),
         "model": options.model,
-        "source": labels[0],
-        "to": labels[1],
+        "source": source,
+        "source_guessed": options.source is None,
+        "to": target,
         "strength": options.strength,
-        "guidance": guidance,
+        "guidance": options.guidance,
         "method": options.method,
         "steps": options.steps,
         "nfe": found.nfe,
@@ -112,7 +115,9 @@ def run(options: Options) -> None:
     if options.json:
         print_json(report)
         return
+    shown, wanted = (names[k] if k < len(names) else f"class {k}" for k in (source, target))
     print(
+        f"{shown}{' (a guess)' * (options.source is None)} to {wanted}\n"
         f"{options.out}: before.png, after.png, difference.png; root mean square change "
         f"{report['changed']:.3f}, round-trip error {error:.1e}, {report['seconds']:.1f} s"
     )

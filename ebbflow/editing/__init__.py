@@ -1,5 +1,6 @@
 """Editing: change what a picture shows through the noise that makes it."""
 
+from ebbflow.editing.classify import classify as classify
 from ebbflow.editing.edit import Edit as Edit
 from ebbflow.editing.edit import Kept as Kept
 from ebbflow.editing.edit import edit as edit

@@ -41,7 +41,7 @@ def interpolate(
     two: Tensor,
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
-    method: str = "edict",
+    method: str = "leapfrog",
     steps: int = 50,
     solver: str | Solver | None = None,
     **condition: Any,

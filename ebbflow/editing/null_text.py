@@ -67,7 +67,8 @@ def null_text(
     Null-text Inversion for Editing Real Images using Guided Diffusion Models, algorithm 1.
 
     Args:
-        null: the null condition by name, floating-point, in the shape of a batch of conditions.
+        null: the null condition by name, floating-point, in the shape of a batch of conditions. For
+            the networks of this package: weights of the labels, rows of `torch.eye(classes + 1)`.
         condition: the data's own; its tensors have the shape of the null's.
 
     The end is `alpha(t) x0` at the first node, half a step from the data. Raises ValueError for a
@@ -75,7 +76,10 @@ def null_text(
     """
     for name, value in null.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ValueError(f"null {name!r} must be a floating-point tensor, got {value!r:.40}")
+            raise ValueError(
+                f"null {name!r} must be a floating-point tensor, got {value!r:.40}: a class has no "
+                "gradient; give labels as weights, rows of torch.eye(classes + 1)"
+            )
     if scale == 1:
         raise ValueError("scale is 1: guidance of scale 1 asks for no null, there is none to learn")
     if iterations < 1 or steps < 2:

@@ -141,7 +141,10 @@ def _laws(
     statistics, label = denoiser.statistics, condition.get("label")
     if statistics is None or label is None or not statistics.classes:
         return [(every, statistics)]
-    labels = torch.as_tensor(label).cpu().expand(batch)
+    labels = torch.as_tensor(label).cpu()
+    if labels.is_floating_point():  # weights of classes, whose mixture has no one Gaussian
+        return [(every, None)]
+    labels = labels.expand(batch)
     return [(every[labels == c], statistics.given(label=c)) for c in labels.unique()]
 
 

@@ -42,9 +42,11 @@ class FourierFeatures(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Embed a time (B,) and, with `classes` > 0, a label (B,) into one vector (B, width).
+    """Embed a time (B,) and, with `classes` > 0, a label into one vector (B, width).
 
-    Label `classes` means "no label"; so does None.
+    Labels are integers (B,), of which `classes` means "no label", as does None; or weights of their
+    embeddings, floating (B, classes + 1), so that a condition can be mixed, or learned: a row of
+    the identity is a class.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Conditioning(nn.Module):
         else:
             if label is None:
                 label = torch.full(time.shape, self.classes, device=time.device)
-            if label.shape != time.shape:
+            soft = label.is_floating_point()
+            if label.shape != ((*time.shape, self.classes + 1) if soft else time.shape):
                 raise ValueError(
                     f"label has shape {tuple(label.shape)}; it needs one class a sample, "
-                    f"{tuple(time.shape)}."
+                    f"{tuple(time.shape)}, or floating weights {(*time.shape, self.classes + 1)}."
                 )
-            vector = vector + self.label(label)
+            weight = self.label.weight
+            vector = vector + (label.to(weight.dtype) @ weight if soft else self.label(label))
         return nn.functional.silu(vector)

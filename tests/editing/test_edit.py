@@ -16,6 +16,7 @@ from ebbflow.cli import main
 from ebbflow.guidance import ClassifierFree
 from ebbflow.metrics import classifier
 from tests.inversion.test_exact import conditional, start
+from tests.laws.cases import oracle
 
 COSINE = ef.schedules.Cosine()
 LABEL = torch.tensor([0, 1] * 8)
@@ -69,6 +70,28 @@ def test_what_the_mask_covers_is_kept_bit_for_bit(data):
         end = ef.sample(kept, x0.shape, **rest)
         # VE ends with sigma_min / sigma_max of the latent.
         assert (end - x0)[:, 1].abs().max() < (1e-2 if schedule != COSINE else 1e-12)
+
+
+def test_classes_are_those_of_bayes(data):
+    denoiser, x0 = data
+    law = oracle("mixture")
+    parts = [
+        ef.oracles.GaussianMixture(law.means[[k]], law.covariances[[k]], [1.0]) for k in (0, 1)
+    ]
+    found = editing.classify(denoiser, x0, classes(16), samples=40)
+    log_odds = parts[1].log_prob(x0) - parts[0].log_prob(x0)
+    clear = log_odds.abs() > 1
+    assert clear.sum() > 8
+    assert torch.equal(found.argmin(1)[clear], (log_odds > 0).long()[clear])
+    torch.testing.assert_close(found.mean(1), torch.ones(16, dtype=torch.float64))
+    alone = editing.classify(denoiser, x0[5:6], classes(1), samples=40, first_index=5)
+    torch.testing.assert_close(alone, found[5:6])
+    with pytest.raises(ValueError, match="1 candidates and 3 samples: give at least 2 and 1"):
+        editing.classify(denoiser, x0, classes(16)[:1], samples=3)
+
+
+def classes(count):
+    return [{"label": torch.full((count,), k)} for k in (0, 1)]
 
 
 def test_great_circles_keep_the_variance():
@@ -137,6 +160,19 @@ def test_null_text_follows_the_pivot():
     torch.testing.assert_close(found.nulls[0]["text"], expected, rtol=0, atol=1e-3)
 
 
+def test_null_text_with_the_labels_of_the_model_in_the_package():
+    model = ef.load("fashion-mnist").requires_grad_(False)
+    x0 = ef.sample(model, (1, 1, 32, 32), steps=6, seed=2, label=torch.tensor([9])).double()
+    rows = torch.eye(11)
+    null, label = {"label": rows[[10]]}, rows[[9]]
+    rest = {"steps": 6, "iterations": 8, "rate": 0.1, "label": label}
+    found = editing.null_text(model, x0, scale=3.0, null=null, **rest)
+    plain = ClassifierFree(model, 3.0, null)
+    rest = {"solver": "ddim", "times": found.times, "x_init": found.x1, "label": label}
+    without = (ef.sample(plain, x0.shape, **rest) - found.pivot).norm()
+    assert (found.sample() - found.pivot).norm() < 0.5 * without
+
+
 def test_refusals(data):
     denoiser, x0 = data
     with pytest.raises(ValueError, match=r"strength must lie in .*got 2"):
@@ -159,12 +195,13 @@ def test_the_command_makes_a_boot_a_sneaker_below_the_mask(tmp_path, capsys):
     mask = torch.full((1, 1, 32, 32), -1.0)
     mask[..., 4:, :] = 1.0
     images.write_grid(mask, tmp_path / "mask.png", columns=1, scale=1)
-    arguments = ["edit", str(tmp_path / "boot.png"), "--source", "9", "--to", "Sneaker"]
+    arguments = ["edit", str(tmp_path / "boot.png"), "--to", "Sneaker"]
     arguments += ["--mask", str(tmp_path / "mask.png"), "--steps", "8", "--device", "cpu"]
     out = tmp_path / "out"
     assert main([*arguments, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "report.json").read_text())
+    assert (report["source"], report["source_guessed"], report["to"]) == (9, True, 7)
     assert report["round_trip_error"] < 1e-10 and report["changed"] > 0.05
     names = ("after.png", "before.png", "difference.png", "report.json")
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -176,5 +213,5 @@ def test_the_command_makes_a_boot_a_sneaker_below_the_mask(tmp_path, capsys):
         for x in (before, after)
     ]
     assert answers == [9, 7]
-    assert main([*arguments[:4], "--to", "Hat"]) == 2
+    assert main([*arguments[:2], "--source", "9", "--to", "Hat"]) == 2
     assert "class 'Hat': give a number, or one of T-shirt/top" in capsys.readouterr().err

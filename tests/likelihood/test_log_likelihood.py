@@ -225,6 +225,37 @@ def test_gradients_are_finite_differences(divergence: Any, gradient: Any) -> Non
             torch.testing.assert_close(found[1][index], slope, atol=1e-5, rtol=1e-5)
 
 
+class Attending(nn.Module):
+    """Every coordinate a token, in the layout for which fused kernels are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(2, 24).double(), nn.Linear(8, 1).double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        told = torch.stack([x, t[:, None].to(x.dtype).expand(x.shape)], 2)
+        q, k, v = (part[:, None].contiguous() for part in self.first(told).chunk(3, dim=2))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return 0.5 * x + self.last(mixed[:, 0])[..., 0]
+
+
+def test_attention_has_the_second_derivatives_that_gradients_need() -> None:
+    denoiser = ef.Denoiser(Attending(), ef.schedules.Cosine(), "v")
+    x0 = torch.randn(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def value(x: Tensor) -> Tensor:
+        settings: Any = {"divergence": "hutchinson", "samples": 2, "rtol": 1e-7, "floor": 0.1}
+        return ef.log_likelihood(denoiser, x, **settings)[0].sum()
+
+    leaf = x0.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    move = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (value(x0 + move) - value(x0 - move)) / 2e-2
+    torch.testing.assert_close(slope, gradient.norm(), rtol=1e-3, atol=0)
+
+
 def test_nothing_is_recorded_without_need() -> None:
     data = law(1)
     value, _ = ef.log_likelihood(data.denoiser(ef.schedules.Linear()), data.sample(2, 0))

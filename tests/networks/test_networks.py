@@ -80,6 +80,20 @@ def test_none_is_the_null_class_and_labels_matter(make: Any) -> None:
             assert not torch.allclose(outputs[first], outputs[second])
 
 
+def test_weights_of_labels_are_labels_and_can_be_learned() -> None:
+    net = unet(classes=3)
+    x, time = torch.randn(2, 1, 8, 8), torch.rand(2)
+    weights = torch.eye(4)[[2, 3]].requires_grad_()
+    found = net(x, time, label=weights)
+    torch.testing.assert_close(found, net(x, time, label=torch.tensor([2, 3])))
+    (gradient,) = torch.autograd.grad(found.square().sum(), weights)
+    assert (gradient != 0).all()
+    mixed = net(x, time, label=torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2))
+    assert not torch.allclose(mixed, net(x, time, label=torch.tensor([0, 0])))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*floating weights \(2, 4\)"):
+        net(x, time, label=torch.zeros(2, 3))
+
+
 def test_labels_of_another_shape_and_labels_without_classes_are_refused() -> None:
     x, time = torch.randn(2, 1, 8, 8), torch.rand(2)
     with pytest.raises(ValueError, match=r"\(1,\).*\(2,\)"):
