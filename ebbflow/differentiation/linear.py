@@ -84,7 +84,8 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and zero where b is zero: the step of a problem that has nothing left to do."""
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+    zero = b == 0
+    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def finished(
@@ -300,7 +301,7 @@ class Auto:
     """LU up to `largest_dense` unknowns, else `iterative`."""
 
     iterative: LinearSolver
-    largest_dense: int = 256
+    largest_dense: int = 512
 
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
         solver = Direct() if b.shape[-1] <= self.largest_dense else self.iterative
