@@ -104,6 +104,9 @@ class Picard(FixedPointSolver):
 class Anderson(FixedPointSolver):
     """Anderson acceleration: the mixture of the last `memory` values of T with least residual.
 
+    Where |T(x) - x| more than doubles, what came before is forgotten: without that, maps with
+    kinks, as proximal and projected gradient steps are, may never settle.
+
     Args:
         memory: pairs (x, T(x)) that are kept.
         ridge: relative, of the small least-squares problem.
@@ -131,6 +134,11 @@ class Anderson(FixedPointSolver):
             inverse = divide(torch.ones_like(change[..., :1]), norm(change).unsqueeze(-1))
             dt[..., k % self.memory] = (new - x + change) * inverse
             dr[..., k % self.memory] = change * inverse
+            # A jump means that T has another slope here, as behind a kink: the past misleads.
+            forget = norm(there) > 2 * norm(r)
+            if bool(forget.any()):
+                keep = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+                dt, dr = dt * keep, dr * keep
             x, r, k = new, there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 

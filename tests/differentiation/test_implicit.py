@@ -138,6 +138,25 @@ def test_a_fixed_point_network_against_finite_differences(solver: str) -> None:
         )
 
 
+def test_anderson_settles_on_maps_with_kinks() -> None:
+    """A support vector machine's dual: its past misleads it wherever a multiplier meets zero."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(50, 13, generator=generator, dtype=torch.float64)
+    target = torch.eye(3, dtype=torch.float64)[torch.arange(50) % 3]
+    step = 1 / torch.linalg.matrix_norm(data, ord=2).item() ** 2
+
+    def descend(dual: Tensor, ridge: Tensor) -> Tensor:
+        slope = data @ (data.mT @ (dual - target)) + ridge * target
+        return differentiation.projections.simplex(dual - step * slope)
+
+    start = torch.full((50, 3), 1 / 3, dtype=torch.float64)
+    solver = differentiation.solvers.Anderson(tolerance=1e-8)
+    ridges = torch.logspace(0, 2, 6, dtype=torch.float64)
+    statuses: list[Any] = []
+    vmap(lambda r: fixed_point(descend, start, r, solver=solver, report=statuses.append))(ridges)
+    assert statuses[0].ok, str(statuses[0])
+
+
 def test_a_batch_of_fixed_points_is_one_at_a_time() -> None:
     parameters = {"weight": WEIGHT, "bias": torch.zeros(6, dtype=torch.float64)}
     xs = torch.randn(5, 6, dtype=torch.float64) * torch.tensor([[0.01], [0.1], [1.0], [3.0], [9.0]])
