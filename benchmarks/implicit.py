@@ -3,7 +3,7 @@
     python -m benchmarks.implicit [--size small|medium] [--repeats 5] [--problem ridge]
 
 float64 on one thread, every library in a process of its own, each with those of its solvers that
-were fastest here at a gradient right to 1e-8. Cold is the first call, which compiles jaxopt's;
+were fastest here at a gradient right to 1e-7. Cold is the first call, which compiles jaxopt's;
 warm the least of the repeats after it; both in milliseconds of the processor. Memory is what a
 warm call adds to the resident set at its height, from another process whose allocator returns what
 is freed. A ratio is ours over theirs. Error is the greatest difference of the gradient, relative,
@@ -373,7 +373,7 @@ def main() -> None:
                 continue
             row, cells = rows[name], ""
             for kind in kinds:
-                # Half a page's worth, so that nothing is divided by nothing.
+                # So that nothing is divided by nothing.
                 ratio = (ours[kind] + 2e-3) / (row[kind] + 2e-3)
                 ahead[library, kind] += ratio < 1
                 cells += f"{row[kind]:9.2f}  {ratio:5.2f}  "

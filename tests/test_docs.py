@@ -70,6 +70,14 @@ def test_the_readme_s_python_runs(
         assert ((result.mean(0) - names["mixture"].mean).abs() < 5 * spread / 1000**0.5).all()
 
 
+def test_the_page_on_differentiation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "differentiation.md").read_text(encoding="utf-8")
+    (code,) = blocks(page, "python")
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(code, names)
+    assert names["t"].grad.item() == pytest.approx(1 / 12)
+
+
 def test_the_solver_in_the_guide_has_the_order_that_it_states(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
