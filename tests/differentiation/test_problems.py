@@ -157,7 +157,7 @@ def test_derivatives_to_second_order_alone_and_in_batches(name: str) -> None:
     assert torch.allclose(vmap(hessian(loss))(batch)[0] @ v, curve, atol=1e-8)
     tangents = vmap(lambda at: jvp(f, (at,), (v,))[1])(batch)
     assert torch.allclose(vmap(jacrev(f))(batch) @ v, tangents, atol=1e-8)
-    (cotangent,) = vjp(f, at)[1](tangents[0])
+    cotangent = vjp(f, at)[1](tangents[0])[0]
     assert torch.allclose((cotangent * v).sum(), tangents[0].square().sum(), atol=1e-8)
     # Plain autograd, twice.
     point = at.clone().requires_grad_()
