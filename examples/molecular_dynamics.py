@@ -2,7 +2,7 @@
 
 Positions minimise the energy of overlapping soft spheres in a periodic box; their derivative in
 the diameter solves one system with the energy's Hessian, singular along the translations, by
-BiCGSTAB. The figure shows it beside the tangent of the unrolled steps, which gets there later.
+BiCGSTAB. The figure shows it beside the tangent of unrolled steps from a start next to the minimum.
 Efficient and Modular Implicit Differentiation, section 4.4.
 
     python -m examples.molecular_dynamics --output spheres.png
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     error = ((tangent - difference).norm() / difference.norm()).item()
     print(f"energy {energy(x, diameter).item():.4f}, tangent against differences {error:.1e}")
 
-    y, dy, errors = x0, torch.zeros_like(x0), []
+    # Beside the minimum: from x0 the steps would end in another one, with another tangent.
+    y, dy, errors = x + 0.03 * (x0 / BOX - 0.5), torch.zeros_like(x0), []
     v, dv = torch.zeros_like(x0), torch.zeros_like(x0)
 
     def move(y: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

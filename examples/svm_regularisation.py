@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     ):
         right.loglog(steps, error, "o-", label=name)
     right.set(xlabel="inner steps", ylabel="error", title="at equal iterations")
+    right.set_xticks(steps, [str(k) for k in steps])
+    right.set_xticks([], minor=True)
     right.legend()
     save(figure, path)
     return dict(zip(("steps", "solution", "implicit", "unrolled"), rows[-1], strict=True))

@@ -74,9 +74,12 @@ GUIDES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.gl
 EXAMPLES = [(name, code) for name, text in GUIDES.items() for code in blocks(text, "python")]
 
 
-@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[name for name, _ in EXAMPLES])
-def test_the_guides_python_runs(code: str) -> None:
-    exec(code, {"__name__": "guide"})
+@pytest.mark.parametrize(("guide", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_the_guides_python_runs(guide: str, code: str) -> None:
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(code, names)
+    if guide == "differentiation":
+        assert names["t"].grad.item() == pytest.approx(1 / 12)
 
 
 def test_the_solver_in_the_guide_has_the_order_that_it_states(

@@ -37,7 +37,7 @@ def test_a_dictionary_learned_for_the_task_fits_it_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dictionary_learning, "SPLITS", 1)
-    found = dictionary_learning.main(command(tmp_path, 12))
+    found = dictionary_learning.main(command(tmp_path, 40))
     assert found["task-driven loss"] < found["reconstructing loss"]
     assert (tmp_path / "figure.png").stat().st_size > 5000
 

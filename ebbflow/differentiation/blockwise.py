@@ -46,7 +46,9 @@ class BSVRB:
         blocks: I, how many are sampled a step.
         convexity: μ, a lower bound of the curvature of every g_i, for version 1.
         version: 1 tracks d × d Hessians, 2 the solutions of their systems by products alone.
-        tau_v: step of those solutions, for version 2.
+        tau_v: step of those solutions, for version 2. They follow the y_i, which follow x: where
+            eta times the curvature of the outer problem is not well below tau and tau_v times μ,
+            x circles, or seems to stand still.
         radius: of the ball that they stay in.
         decay: q, in [0, 1/2]: steps fall as (1 + passes)^-q and beta as its square. Without it x
             ends in a neighbourhood of the answer. alpha stays: trackers must forget their errors.

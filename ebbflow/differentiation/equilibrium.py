@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ebbflow.differentiation.iterations import Anderson
 from ebbflow.differentiation.methods import Method
 from ebbflow.differentiation.ode import Gradient, odeint
 
@@ -19,7 +20,7 @@ log = logging.getLogger("ebbflow")
 class Equilibrium:
     """What `equilibrium` returns.
 
-    z (B, …); `residual`, |f(z) - z| / |f(z)| of each sample, (B,); evaluations of f forwards.
+    z (B, …); `residual`, |f(z) - z| / (1 + |z|) of each sample, (B,); evaluations of f forwards.
     """
 
     z: Tensor
@@ -43,9 +44,9 @@ def equilibrium(
     logs a warning and is in `residual`.
     Paper: Deep Equilibrium Models (Bai, Kolter, Koltun 2019), theorem 1.
     """
-    if not tolerance > 0 or max_evaluations < 1 or memory < 1:
+    if not tolerance > 0 or max_evaluations < 2 or memory < 1:
         raise ValueError(
-            "tolerance must be positive, max_evaluations and memory at least 1, got "
+            "tolerance must be positive, max_evaluations at least 2, memory at least 1, got "
             f"{tolerance}, {max_evaluations} and {memory}"
         )
     z, residual, count = _anderson(f, z0.detach(), tolerance, max_evaluations, memory)
@@ -88,33 +89,10 @@ def _report(what: str, residual: Tensor, tolerance: float, count: int) -> None:
 def _anderson(
     f: Callable[[Tensor], Tensor], z: Tensor, tolerance: float, most: int, memory: int
 ) -> tuple[Tensor, Tensor, int]:
-    """The best iterate of each sample, its relative residual (B,), and the evaluations.
-
-    The next iterate is `Σ α_i f(z_i)` with the α, of sum 1, that make `Σ α_i (f(z_i) - z_i)` least.
-    """
-    images: list[Tensor] = []
-    residuals: list[Tensor] = []
-    best, least = z, torch.full((len(z),), torch.inf, dtype=z.dtype, device=z.device)
-    for count in range(1, most + 1):
-        image = f(z)
-        flat, change = image.flatten(1), (image - z).flatten(1)
-        size = change.norm(dim=1) / flat.norm(dim=1).clamp(min=torch.finfo(z.dtype).tiny)
-        better = size < least
-        least = torch.where(better, size, least)
-        best = torch.where(better.reshape(-1, *(1,) * (z.ndim - 1)), image, best)
-        if bool((least <= tolerance).all()):
-            return best, least, count
-        images, residuals = [*images, flat][-memory:], [*residuals, change][-memory:]
-        g = torch.stack(residuals, 1)
-        gram = g @ g.mT
-        scale = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-        eye = torch.eye(g.shape[1], dtype=z.dtype, device=z.device)
-        # Relative to the latest residual, so that it does not drown the small ones.
-        ridge = 10 * torch.finfo(z.dtype).eps * scale.clamp(min=torch.finfo(z.dtype).tiny)
-        weights = torch.linalg.solve(gram + ridge * eye, torch.ones_like(g[:, :, 0]))
-        weights = weights / weights.sum(1, keepdim=True)
-        z = torch.einsum("bm,bmn->bn", weights, torch.stack(images, 1)).reshape(z.shape)
-    return best, least, most
+    """The fixed point of each sample, its relative residual (B,), and the evaluations."""
+    solver = Anderson(tolerance, most - 1, memory)
+    x, status = solver(lambda x: f(x.view_as(z)).flatten(1), z.flatten(1))
+    return x.view_as(z), status.residual, status.iterations + 1
 
 
 class HomotopyODE(nn.Module):

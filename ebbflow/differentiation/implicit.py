@@ -39,7 +39,7 @@ class Layout:
 
     spec: pytree.TreeSpec
     shapes: tuple[torch.Size, ...]
-    like: Tensor
+    size: int
 
     @classmethod
     def of(cls, tree: Any) -> Layout:
@@ -50,18 +50,22 @@ class Layout:
         if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1:
             kinds = sorted({f"{leaf.dtype} on {leaf.device}" for leaf in leaves})
             raise TypeError(f"the start holds tensors of {kinds}; convert them to one kind")
-        return cls(spec, tuple(leaf.shape for leaf in leaves), leaves[0])
+        shapes = tuple(leaf.shape for leaf in leaves)
+        return cls(spec, shapes, sum(shape.numel() for shape in shapes))
 
     def ravel(self, tree: Any, what: str) -> Tensor:
-        leaves = pytree.tree_leaves(tree)
-        shapes = tuple(leaf.shape for leaf in leaves)
-        if sum(s.numel() for s in shapes) != sum(s.numel() for s in self.shapes):
+        leaves = [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
+        if sum(leaf.numel() for leaf in leaves) != self.size:
+            shapes = tuple(leaf.shape for leaf in leaves)
             raise ValueError(
                 f"{what} has shapes {shapes}, the start {self.shapes}: as many numbers"
             )
-        return torch.cat([leaf.reshape(-1) for leaf in leaves])
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def unravel(self, x: Tensor) -> Any:
+        if self.spec.is_leaf():
+            return x.reshape(self.shapes[0])
         parts = x.split([shape.numel() for shape in self.shapes])
         leaves = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)
@@ -138,11 +142,14 @@ class Root:
         given = {id(leaf) for leaf in leaves}
         lifted = [t for t in captured(self.condition) if id(t) not in given]
 
+        # A nesting costs as much to build as a few operations, at every call.
+        plain = all(child.is_leaf() for child in spec.children())
+
         def rebuilt(theta: Sequence[Tensor]) -> Any:
             full = list(leaves)
             for i, value in zip(places, theta, strict=False):
                 full[i] = value
-            return pytree.tree_unflatten(full, spec)
+            return full if plain else pytree.tree_unflatten(full, spec)
 
         def residual(x: Tensor, *theta: Tensor) -> Tensor:
             with substituted(lifted, theta[len(places) :]):
@@ -225,7 +232,7 @@ def root(
         x0: where the solver starts; it receives no derivative.
         solver: "newton-krylov", "broyden", "bisection", on x + F "anderson", "anderson-newton" and
             "picard", one of `solvers`, or a function (x0, *args) -> x.
-        linear_solver: "auto" (LU up to 256 unknowns, then GMRES), "cg", "normal-cg", "gmres",
+        linear_solver: "auto" (LU up to 512 unknowns, then GMRES), "cg", "normal-cg", "gmres",
             "bicgstab", "direct", or one of `linear`.
         tol: of |F(x)| / (1 + |x|): eps^0.7 for the package's solvers; a given function's answer
             is only checked, against eps^0.375 (1e-6 in float64). The derivative's error is of the
@@ -269,7 +276,7 @@ def minimize(
     """The minimiser of objective(x, *args), a scalar; forms and arguments as `root`, F = ∇f.
 
     Solvers are "lbfgs", "newton", "gradient-descent" and those of `root`; the linear solver is LU
-    up to 256 unknowns, then CG, unless given.
+    up to 512 unknowns, then CG, unless given.
     """
     condition = gradient(objective)
     systems = linear.Auto(linear.CG()) if linear_solver is None else linear.get(linear_solver)

@@ -104,6 +104,9 @@ class Picard(FixedPointSolver):
 class Anderson(FixedPointSolver):
     """Anderson acceleration: the mixture of the last `memory` values of T with least residual.
 
+    Where |T(x) - x| more than doubles, what came before is forgotten: without that, maps with
+    kinks, as proximal and projected gradient steps are, may never settle.
+
     Args:
         memory: pairs (x, T(x)) that are kept.
         ridge: relative, of the small least-squares problem.
@@ -113,29 +116,31 @@ class Anderson(FixedPointSolver):
     ridge: float = 1e-12
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        # Differences of successive pairs, each over the length of its r: the least-squares
-        # problem stays well conditioned while they shrink.
-        dx, dr = (x.new_zeros(*x.shape, self.memory) for _ in range(2))
+        # Differences of successive T(x) and r, both over the length of the latter: the
+        # least-squares problem stays well conditioned while they shrink.
+        dt, dr = (x.new_zeros(*x.shape, self.memory) for _ in range(2))
+        ridge = self.ridge * torch.eye(self.memory, dtype=x.dtype, device=x.device)
         r, k = function(x) - x, 0
         while k < self.max_iterations:
             active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
             if not bool(active.any()):
                 break
-            new = torch.where(active, x + r - self.correction(dx, dr, r), x)
+            # The mixture of the past whose r is least; the ridge keeps its matrix definite.
+            factor = torch.linalg.cholesky_ex(dr.mT @ dr + ridge)[0]
+            weights = torch.cholesky_solve(dr.mT @ r.unsqueeze(-1), factor)
+            new = torch.where(active, x + r - (dt @ weights).squeeze(-1), x)
             there = torch.where(active, function(new) - new, r)
-            size = norm(there - r).unsqueeze(-1)
-            dx[..., k % self.memory] = divide(new - x, size)
-            dr[..., k % self.memory] = divide(there - r, size)
+            change = there - r
+            inverse = divide(torch.ones_like(change[..., :1]), norm(change).unsqueeze(-1))
+            dt[..., k % self.memory] = (new - x + change) * inverse
+            dr[..., k % self.memory] = change * inverse
+            # A jump means that T has another slope here, as behind a kink: the past misleads.
+            forget = norm(there) > 2 * norm(r)
+            if bool(forget.any()):
+                keep = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+                dt, dr = dt * keep, dr * keep
             x, r, k = new, there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
-
-    def correction(self, dx: Tensor, dr: Tensor, r: Tensor) -> Tensor:
-        """What takes T(x) to T of the past's best mixture."""
-        eye = torch.eye(self.memory, dtype=r.dtype, device=r.device)
-        gram, target = dr.mT @ dr + self.ridge * eye, dr.mT @ r.unsqueeze(-1)
-        weights = torch.linalg.solve_ex(gram, target)[0]
-        weights = torch.where(weights.isfinite(), weights, 0.0)
-        return ((dx + dr) @ weights).squeeze(-1)
 
 
 @dataclass(frozen=True)

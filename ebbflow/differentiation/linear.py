@@ -18,6 +18,7 @@ from ebbflow.differentiation.derivatives import lazily, pullback, pushforward
 from ebbflow.differentiation.status import Status, dot, norm
 
 Product = Callable[[Tensor], Tensor]
+Ended = tuple[Tensor, int, str]
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,7 @@ class Operator:
         pull = lazily(lambda: pullback(f, x)[1])
         push = lazily(lambda: pushforward(f, x, x))
 
-        def reverse(u: Tensor) -> Tensor:
-            return pull()(u)[0]
-
-        def forward(v: Tensor) -> Tensor:
-            return push()(v)
+        reverse, forward = lambda u: pull()(u)[0], lambda v: push()(v)
 
         def dense() -> Tensor:
             n, product = x.shape[-1], pull()
@@ -87,7 +84,8 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and zero where b is zero: the step of a problem that has nothing left to do."""
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+    zero = b == 0
+    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def finished(
@@ -100,18 +98,9 @@ def finished(
     return LinearResult(x, Status(name, residual, tolerance, k, converged, why))
 
 
-def limits(
-    b: Tensor, tolerance: float | None, max_iterations: int | None
-) -> tuple[float, Tensor, int]:
-    """Tolerance, the residual norm (*batch, 1) it stands for, and the cap on iterations."""
-    rtol = default_tolerance(b.dtype) if tolerance is None else tolerance
-    cap = 10 * b.shape[-1] + 50 if max_iterations is None else max_iterations
-    return rtol, rtol * norm(b).unsqueeze(-1), cap
-
-
 @dataclass(frozen=True)
-class CG:
-    """Conjugate gradients, for A symmetric and definite (of either sign).
+class Iterative:
+    """A solver by products alone.
 
     Args:
         tolerance: of |b - Ax| / |b|; eps^0.6 of the dtype unless given.
@@ -125,10 +114,25 @@ class CG:
 
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
         operator = with_ridge(operator, self.ridge)
-        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+        rtol = default_tolerance(b.dtype) if self.tolerance is None else self.tolerance
+        cap = 10 * b.shape[-1] + 50 if self.max_iterations is None else self.max_iterations
+        x, k, reason = self.iterate(operator, b, rtol * norm(b).unsqueeze(-1), cap)
+        early = "rounding: the recursion says it is done" if k < cap else f"max_iterations {cap}"
+        return finished(type(self).__name__, operator, b, x, k, rtol, reason or early)
+
+    def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
+        """x, iterations, and why they ended before both the `goal` (*batch, 1) and the `cap`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CG(Iterative):
+    """Conjugate gradients, for A symmetric and definite (of either sign)."""
+
+    def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
         x, r, p = torch.zeros_like(b), b, b
         rr, sign = dot(r, r), None
-        k, reason = 0, f"max_iterations {cap}"
+        k, reason = 0, ""
         while k < cap:
             active = rr.sqrt() > goal
             if not bool(active.any()):
@@ -146,24 +150,18 @@ class CG:
             before, rr = rr, torch.where(active, dot(r, r), rr)
             p = torch.where(active, r + divide(rr, before) * p, p)
             sign = torch.where(active, curvature.sign(), sign)
-        return finished("CG", operator, b, x, k, rtol, reason)
+        return x, k, reason
 
 
 @dataclass(frozen=True)
-class NormalCG:
+class NormalCG(Iterative):
     """Conjugate gradients on AᵀA x = Aᵀb: any invertible A, at the square of its condition."""
 
-    tolerance: float | None = None
-    max_iterations: int | None = None
-    ridge: float = 0.0
-
-    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
-        operator = with_ridge(operator, self.ridge)
-        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+    def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
         x, r = torch.zeros_like(b), b
         s = operator.rmatvec(r)
         p, ss = s, dot(s, s)
-        k, reason = 0, f"max_iterations {cap}"
+        k, reason = 0, ""
         while k < cap:
             active = (norm(r).unsqueeze(-1) > goal) & (ss > 0)
             if not bool(active.any()):
@@ -176,23 +174,17 @@ class NormalCG:
             s = operator.rmatvec(r)
             before, ss = ss, torch.where(active, dot(s, s), ss)
             p = torch.where(active, s + divide(ss, before) * p, p)
-        return finished("normal CG", operator, b, x, k, rtol, reason)
+        return x, k, reason
 
 
 @dataclass(frozen=True)
-class BiCGSTAB:
+class BiCGSTAB(Iterative):
     """Stabilised bi-conjugate gradients: any A, two products an iteration, short recurrences."""
 
-    tolerance: float | None = None
-    max_iterations: int | None = None
-    ridge: float = 0.0
-
-    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
-        operator = with_ridge(operator, self.ridge)
-        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
+    def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
         x, r, shadow, p = torch.zeros_like(b), b, b, b
         rho = dot(shadow, r)
-        k, reason = 0, f"max_iterations {cap}"
+        k, reason = 0, ""
         while k < cap:
             active = norm(r).unsqueeze(-1) > goal
             if not bool(active.any()):
@@ -212,26 +204,21 @@ class BiCGSTAB:
             before, rho = rho, torch.where(active, dot(shadow, r), rho)
             beta = divide(rho * alpha, before * omega)
             p = torch.where(active, r + beta * (p - omega * v), p)
-        return finished("BiCGSTAB", operator, b, x, k, rtol, reason)
+        return x, k, reason
 
 
 @dataclass(frozen=True)
-class GMRES:
+class GMRES(Iterative):
     """Generalised minimal residuals, restarted: any A, residual never grows.
 
     Args:
         restart: length of the Krylov basis, which is kept in memory.
     """
 
-    tolerance: float | None = None
-    max_iterations: int | None = None
     restart: int = 50
-    ridge: float = 0.0
 
-    def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
-        operator = with_ridge(operator, self.ridge)
-        rtol, goal, cap = limits(b, self.tolerance, self.max_iterations)
-        x, k, reason = torch.zeros_like(b), 0, f"max_iterations {cap}"
+    def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
+        x, k, reason = torch.zeros_like(b), 0, ""
         r, left = b, norm(b).unsqueeze(-1)
         while k < cap and bool((left > goal).any()):
             length = min(self.restart, b.shape[-1], cap - k)
@@ -243,7 +230,7 @@ class GMRES:
             if bool(((left > goal) & (left > 0.9999 * before)).any()):
                 reason = "stagnation: the matrix is singular, or `restart` is too short"
                 break
-        return finished("GMRES", operator, b, x, k, rtol, reason)
+        return x, k, reason
 
     @staticmethod
     def cycle(operator: Operator, r: Tensor, length: int, goal: Tensor) -> tuple[Tensor, int]:
@@ -290,7 +277,8 @@ class Direct:
     ridge: float = 0.0
 
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
-        n, rtol = b.shape[-1], limits(b, self.tolerance, None)[0]
+        n = b.shape[-1]
+        rtol = default_tolerance(b.dtype) if self.tolerance is None else self.tolerance
         matrix = with_ridge(operator, self.ridge).dense()
         factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         # Problems that share a matrix are columns of one right-hand side.
@@ -313,7 +301,7 @@ class Auto:
     """LU up to `largest_dense` unknowns, else `iterative`."""
 
     iterative: LinearSolver
-    largest_dense: int = 256
+    largest_dense: int = 512
 
     def __call__(self, operator: Operator, b: Tensor) -> LinearResult:
         solver = Direct() if b.shape[-1] <= self.largest_dense else self.iterative
@@ -329,9 +317,7 @@ def with_ridge(operator: Operator, ridge: float) -> Operator:
 
     def dense() -> Tensor:
         matrix = operator.dense()
-        return matrix + ridge * torch.eye(
-            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
-        )
+        return matrix + torch.diag_embed(torch.full_like(matrix[..., 0], ridge))
 
     return Operator(
         lambda x: operator.matvec(x) + ridge * x, lambda u: operator.rmatvec(u) + ridge * u, dense

@@ -167,22 +167,21 @@ def test_bsvrb_with_all_blocks_and_no_noise_is_exact(version: int) -> None:
     assert end.z.norm() < 1e-2
 
 
-@pytest.mark.parametrize(("version", "bound"), [(1, 0.15), (2, 0.3)])
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_bsvrb_with_few_blocks_and_noise_comes_near(
-    version: int, bound: float, blocks: int
-) -> None:
-    """The same settings for any number of blocks: sixty passes over all of them."""
+def test_bsvrb_with_few_blocks_and_noise_comes_near(version: int, blocks: int) -> None:
+    """The same settings for both versions and any number of blocks: sixty passes over all."""
     x, y = torch.zeros(2, dtype=F64), torch.zeros(M, 2, dtype=F64)
+    # x slower than what it waits for, or it circles.
     settings = bilevel.BSVRB(
         blocks=blocks,
         version=version,
-        eta=0.15,
-        tau=0.15,
-        tau_v=0.15,
+        eta=0.1,
+        tau=0.2,
+        tau_v=0.2,
         alpha=0.3,
         beta=0.3,
-        decay=0.2,
+        decay=0.1,
     )
     distances: list[float] = []
 
@@ -193,7 +192,7 @@ def test_bsvrb_with_few_blocks_and_noise_comes_near(
     problem = Quadratics(noise=0.1)
     bilevel.bsvrb(problem, x, y, steps=steps, settings=settings, on_step=watch)
     late = distances[-steps // 6 :]
-    assert sum(late) / len(late) < bound * optimum().norm().item()
+    assert sum(late) / len(late) < 0.15 * optimum().norm().item()
 
 
 def test_bsvrb_says_that_its_steps_are_too_long() -> None:

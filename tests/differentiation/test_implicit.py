@@ -138,6 +138,25 @@ def test_a_fixed_point_network_against_finite_differences(solver: str) -> None:
         )
 
 
+def test_anderson_settles_on_maps_with_kinks() -> None:
+    """A support vector machine's dual: its past misleads it wherever a multiplier meets zero."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(50, 13, generator=generator, dtype=torch.float64)
+    target = torch.eye(3, dtype=torch.float64)[torch.arange(50) % 3]
+    step = 1 / torch.linalg.matrix_norm(data, ord=2).item() ** 2
+
+    def descend(dual: Tensor, ridge: Tensor) -> Tensor:
+        slope = data @ (data.mT @ (dual - target)) + ridge * target
+        return differentiation.projections.simplex(dual - step * slope)
+
+    start = torch.full((50, 3), 1 / 3, dtype=torch.float64)
+    solver = differentiation.solvers.Anderson(tolerance=1e-8)
+    ridges = torch.logspace(0, 2, 6, dtype=torch.float64)
+    statuses: list[Any] = []
+    vmap(lambda r: fixed_point(descend, start, r, solver=solver, report=statuses.append))(ridges)
+    assert statuses[0].ok, str(statuses[0])
+
+
 def test_a_batch_of_fixed_points_is_one_at_a_time() -> None:
     parameters = {"weight": WEIGHT, "bias": torch.zeros(6, dtype=torch.float64)}
     xs = torch.randn(5, 6, dtype=torch.float64) * torch.tensor([[0.01], [0.1], [1.0], [3.0], [9.0]])
@@ -286,9 +305,9 @@ def test_a_solve_that_stops_early_raises_or_is_reported(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_singular_system_raises_or_is_reported_backward_and_forward(name: str) -> None:
-    # x₁ + x₂ is determined, x₁ - x₂ is not.
+    # x₁ + x₂ is determined, twice, x₁ - x₂ is not.
     def condition(x: Tensor, t: Tensor) -> Tensor:
-        return (x.sum() - t.sum()) * torch.ones_like(x)
+        return torch.stack([x.sum() - t.sum(), x.sum() - t.sum() + (t[1] - 2 * t[0])])
 
     def solve(x0: Tensor, t: Tensor) -> Tensor:
         return t.detach().clone()
@@ -302,12 +321,15 @@ def test_a_singular_system_raises_or_is_reported_backward_and_forward(name: str)
         def f(t: Tensor, made: Any = made) -> Tensor:
             return made(start, t)[0]
 
-        if report is None:
-            with pytest.raises(NotSolved):
-                grad(f)(t)
-        else:
-            grad(f)(t)
-    assert not statuses[-1].ok
+        # Along this tangent the second equation asks for what x₁ + x₂ cannot give.
+        for derivative in (grad(f), lambda t, f=f: jvp(f, (t,), (torch.ones_like(t),))[1]):
+            if report is None:
+                with pytest.raises(NotSolved):
+                    derivative(t)
+            else:
+                statuses.clear()
+                derivative(t)
+                assert not statuses[-1].ok
 
 
 def test_linear_solvers_stop_each_problem_by_itself() -> None:

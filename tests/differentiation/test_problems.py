@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from ebbflow.differentiation import (
     conditions,
@@ -154,6 +154,11 @@ def test_derivatives_to_second_order_alone_and_in_batches(name: str) -> None:
     assert torch.allclose(vmap(grad(loss))(batch)[0], gradient, atol=1e-9)
     twice = vmap(lambda at: jvp(grad(loss), (at,), (v,))[1])(batch)
     assert torch.allclose(twice[0], curve, atol=1e-8)
+    assert torch.allclose(vmap(hessian(loss))(batch)[0] @ v, curve, atol=1e-8)
+    tangents = vmap(lambda at: jvp(f, (at,), (v,))[1])(batch)
+    assert torch.allclose(vmap(jacrev(f))(batch) @ v, tangents, atol=1e-8)
+    cotangent = vjp(f, at)[1](tangents[0])[0]
+    assert torch.allclose((cotangent * v).sum(), tangents[0].square().sum(), atol=1e-8)
     # Plain autograd, twice.
     point = at.clone().requires_grad_()
     (plain,) = torch.autograd.grad(loss(point), point, create_graph=True)
