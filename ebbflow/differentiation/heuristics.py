@@ -84,12 +84,16 @@ def local_heuristics(
     method: str = "tsit5",
     rtol: float = 1e-6,
     atol: float = 1e-9,
+    step_size: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(E h, S / ρ)` of one step from (t, y) towards `end`, scalars with gradients (local).
 
-    y is taken as a constant and h is the solver's own starting step, so that this costs one step
-    whatever the gradient of the solve it is added to. Draw t uniformly from the span (unbiased), or
-    from the times at which steps of a solve began (biased towards where they are short).
+    y is taken as a constant, so that this costs one step whatever the gradient of the solve it is
+    added to. h is `step_size`, such as the step that a solve took there
+    (`odeint(..., full=True).step_sizes`), or the solver's own cautious starting step, whose E is
+    far smaller; it stops at `end`. Draw t uniformly from the span (unbiased: then E is the global
+    sum over the span in expectation), or from the times at which steps of a solve began (biased
+    towards where they are short).
     Paper: Locally Regularized Neural Differential Equations: Some Black Boxes Were Meant to Remain
     Closed! (Pal et al. 2023), algorithm 1.
     """
@@ -98,10 +102,12 @@ def local_heuristics(
     packed = structure.pack(y).detach()
     if not t != end:
         raise ValueError(f"t must differ from end, got {t} and {end}")
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"step_size must be positive, towards end, got {step_size}")
     field, control = Field(f, structure), Control(rtol, atol)
     state = pair.start(field, t, packed)
-    h = first_step(pair, field, t, packed, state, end - t, control)
-    h = h if end > t else -h
+    h = step_size or first_step(pair, field, t, packed, state, end - t, control)
+    h = min(h, abs(end - t)) * (1 if end > t else -1)
     error, stiff = _of_step(pair, pair.step(field, t, h, state), control)
     return error * abs(h), stiff
 
