@@ -101,7 +101,7 @@ class Doses(Task):
             return low + (high - low) * torch.rand(n, width, generator=generator)
 
         t = torch.linspace(0, 1, self.count)
-        a, e, dose = uniform(2, 8), uniform(0.5, 3), uniform(1, 3)
+        a, e, dose = uniform(1, 4), uniform(0.3, 2), uniform(1, 3)
         e = torch.minimum(e, 0.8 * a)
         x = dose * a / (a - e) * (torch.exp(-e * t) - torch.exp(-a * t))
         noisy = x + self.noise * torch.randn(n, self.count, generator=generator)

@@ -26,7 +26,7 @@ from ebbflow.progress import bar
 from examples._shared import arguments_and_data, columns, plots, save
 
 HOLDS = "a .csv with the columns series, time, value, one observation a row"
-FUTURE = 0.7
+FUTURE, COUNT = 0.7, 1000
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ def straight_lines(batch: Batch) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    steps, path, data = arguments_and_data("latent_ode", __doc__, 500, HOLDS, argv)
+    steps, path, data = arguments_and_data("latent_ode", __doc__, 700, HOLDS, argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    series = pendulum(1000, generator) if data is None else read(data)
+    series = pendulum(COUNT, generator) if data is None else read(data)
     order = torch.randperm(len(series), generator=generator)
     everything = gathered([series[int(k)] for k in order], generator)
     held = max(len(series) // 5, 1)

@@ -26,7 +26,7 @@ from ebbflow.progress import bar
 from examples._shared import arguments_and_data, columns, plots, save
 
 HOLDS = "a .csv with the columns stroke, label, time, x, y, one point a row"
-POINTS = 20
+POINTS, COUNT = 20, 2500
 # Where the pen passes, from the lower left (0, 0) to the upper right (9, 9).
 DIGITS = (
     "59 18 14 50 84 88 59",
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     steps, path, data = arguments_and_data("neural_cde", __doc__, 600, HOLDS, argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    points, labels = strokes(2500, generator) if data is None else read(data)
+    points, labels = strokes(COUNT, generator) if data is None else read(data)
     order = torch.randperm(len(labels), generator=generator)
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     model = NeuralCDE(int(labels.max()) + 1)

@@ -26,7 +26,7 @@ from ebbflow.progress import bar
 from examples._shared import arguments_and_data, columns, plots, save
 
 HOLDS = "a .csv with the columns series, time, value, one observation a row"
-TIMES = 17
+TIMES, COUNT = 17, 6000
 
 
 def wells(count: int, seed: int) -> Tensor:
@@ -117,10 +117,10 @@ def marginal_distance(x: Tensor, y: Tensor) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    steps, path, data = arguments_and_data("neural_sde", __doc__, 600, HOLDS, argv)
+    steps, path, data = arguments_and_data("neural_sde", __doc__, 500, HOLDS, argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    x = wells(6000, 1) if data is None else read(data)
+    x = wells(COUNT, 1) if data is None else read(data)
     x = x[:, torch.randperm(x.shape[1], generator=generator)]
     held = x.shape[1] // 3
     test, other, train = x[:, :held], x[:, held : 2 * held], x[:, 2 * held :]
