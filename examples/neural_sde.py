@@ -117,7 +117,7 @@ def marginal_distance(x: Tensor, y: Tensor) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    steps, path, data = arguments_and_data("neural_sde", __doc__, 900, HOLDS, argv)
+    steps, path, data = arguments_and_data("neural_sde", __doc__, 500, HOLDS, argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     x = wells(COUNT, 1) if data is None else read(data)
