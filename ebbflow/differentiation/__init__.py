@@ -22,6 +22,9 @@ from ebbflow.differentiation.events import Event as Event
 from ebbflow.differentiation.events import odeint_event as odeint_event
 from ebbflow.differentiation.heuristics import Heuristics as Heuristics
 from ebbflow.differentiation.heuristics import local_heuristics as local_heuristics
+from ebbflow.differentiation.heuristics import (
+    locally_regularized_odeint as locally_regularized_odeint,
+)
 from ebbflow.differentiation.heuristics import regularized_odeint as regularized_odeint
 from ebbflow.differentiation.implicit import fixed_point as fixed_point
 from ebbflow.differentiation.implicit import minimize as minimize
