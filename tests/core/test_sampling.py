@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,13 +250,14 @@ def test_what_is_no_batch_of_conditions_is_shared() -> None:
 
 
 def test_the_default_knows_the_class() -> None:
-    """One class for all: its statistics. Several: the pooled ones describe no law that is asked."""
+    """One class for all: its statistics. Several: of each sample's class the mean alone."""
     x0 = torch.cat([MIXTURE.sample(60, seed=s) * (1 + s) for s in (1, 2)])
     statistics = ef.Statistics.from_data(x0, torch.arange(120) // 60)
     model = ef.Denoiser(lambda x, t, label: 0.5 * x, VP, statistics=statistics)
     one, mixed = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 0, 1])
     for label, known in ((one, statistics.classes[0]), (mixed, None)):
         plan = ef.solvers.get("auto").plan(VP, 5, statistics=known)
+        plan = replace(plan, centred=known is None)
         drawn = ef.sample(model, (4, 3), steps=5, label=label)
         assert torch.equal(drawn, ef.sample(model, (4, 3), plan=plan, label=label))
     with pytest.raises(ValueError, match="needs the data's statistics"):
