@@ -40,7 +40,7 @@ KINDS = ("none", "global", "local", "local at steps")
 # The last weight of a run, which begins at ten times it: on validation, the largest without loss.
 WEIGHTS = {
     "digits": {"global": 1.0, "local": 1.0, "local at steps": 1.0},
-    "doses": {"global": 0.03, "local": 0.05, "local at steps": 0.3},
+    "doses": {"global": 0.03, "local": 0.08, "local at steps": 0.3},
 }
 ITERATIONS = {"digits": 400, "doses": 1000}
 RATE = 0.01
