@@ -34,6 +34,7 @@ def measure(
     at sigma/alpha = `COARSE` and more only. It is no sharp bound, but tells what kind of picture it
     is from how much of it is smooth, which dominates the others.
     """
+    from ebbflow.diagnostics.report import mean_with_error
     from ebbflow.likelihood import bits_per_dimension, dequantise, elbo, log_likelihood
 
     size = pixels[0].numel()
@@ -63,9 +64,9 @@ def measure(
     return {
         "count": len(pixels),
         "dimensions": size,
-        "bits_per_dimension": _mean(torch.cat(flow)),
-        "bound_bits_per_dimension": _mean(torch.cat(bounds)),
-        "coarse_bits_per_dimension": _mean(torch.cat(coarse)),
+        "bits_per_dimension": mean_with_error(torch.cat(flow)),
+        "bound_bits_per_dimension": mean_with_error(torch.cat(bounds)),
+        "coarse_bits_per_dimension": mean_with_error(torch.cat(coarse)),
         "probe_error": probe,
         "each": torch.cat(flow).tolist(),
     }
@@ -83,8 +84,3 @@ def show(report: dict[str, Any], title: str) -> None:
         for name, label in names
     ]
     print_table(("figure", f"{report['count']:,} pictures", "standard error"), rows, title)
-
-
-def _mean(values: Tensor) -> dict[str, float]:
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return {"mean": values.mean().item(), "standard_error": error}

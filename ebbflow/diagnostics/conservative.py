@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
-from ebbflow.likelihood.angle import per_sample
 from ebbflow.likelihood.traces import Pull, spheres
 
 STREAM = 27
@@ -116,8 +115,3 @@ def clenshaw_curtis(count: int) -> tuple[Tensor, Tensor]:
     weights = 2 / n * (torch.cos(angle[:, None] * order) @ share)
     weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
     return places, weights
-
-
-def sliced(condition: Mapping[str, Any], batch: int, rows: slice) -> dict[str, Any]:
-    """The condition of the samples in `rows`, as `per_sample`."""
-    return per_sample(condition, batch, torch.arange(batch)[rows])

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ebbflow import noise
 from ebbflow.denoiser import Denoiser
-from ebbflow.diagnostics.conservative import STREAM, Estimate, asymmetry, circulation, sliced
+from ebbflow.diagnostics.conservative import STREAM, Estimate, asymmetry, circulation
 from ebbflow.diagnostics.paths import Paths, paths
 from ebbflow.likelihood import elbo
-from ebbflow.likelihood.angle import AngleFlow
+from ebbflow.likelihood.angle import AngleFlow, per_sample
 from ebbflow.statistics import Statistics
 
 
@@ -72,7 +72,9 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """All of it in numbers for JSON; of the paths, means with standard errors."""
-        named = {name: _mean(getattr(self.paths, name)) for name in ("straightness", "length")}
+        named = {
+            name: mean_with_error(getattr(self.paths, name)) for name in ("straightness", "length")
+        }
         return {
             "times": list(self.times),
             "log_snr": list(self.log_snr),
@@ -81,7 +83,7 @@ class Report:
             "mean_score": [asdict(m) for m in self.mean_score],
             "ends": [{"time": e.time, "bound": e.bound._asdict(), "gap": e.gap} for e in self.ends],
             "best_end": self.best_end,
-            "paths": {**named, "turning": _mean(self.paths.turning)},
+            "paths": {**named, "turning": mean_with_error(self.paths.turning)},
         }
 
     def save_figure(self, path: str | Path) -> None:
@@ -129,7 +131,7 @@ def diagnose(
     middles = flow.first + (flow.last - flow.first) * (torch.arange(times) + 0.5).double() / times
     nodes = schedule.time(-2 * torch.log(torch.tan(middles)))
     few = data[:loops]
-    some = sliced(condition, n, slice(loops))
+    some = per_sample(condition, n, torch.arange(min(loops, n)))
     asymmetries, circulations, means = [], [], []
     for t in nodes.tolist():
         asymmetries.append(
@@ -151,7 +153,7 @@ def diagnose(
 
     count = min(trajectories, n)
     x1 = noise.normal(seed, range(count), 9, data.shape[1:], torch.float64, stream=STREAM)
-    shown = sliced(condition, n, slice(count))
+    shown = per_sample(condition, n, torch.arange(count))
     return Report(
         tuple(nodes.tolist()),
         tuple(schedule.log_snr(nodes).tolist()),
@@ -201,6 +203,7 @@ def prior_gap(statistics: Statistics, alpha: float, sigma: float) -> float:
     return 0.5 * (total + ratio * statistics.mean.square().sum().item())
 
 
-def _mean(values: Tensor) -> dict[str, float]:
+def mean_with_error(values: Tensor) -> dict[str, float]:
+    """The mean of values (n,) and its standard error, infinite for one value."""
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return {"mean": values.mean().item(), "standard_error": error}

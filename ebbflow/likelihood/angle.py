@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebbflow.denoiser import Denoiser
 from ebbflow.schedules import along
+from ebbflow.solvers.stepping import cut
 from ebbflow.statistics import Statistics
 
 SIGNAL_LEFT = 1e-3
@@ -85,13 +86,7 @@ class AngleFlow:
 
 def per_sample(condition: Mapping[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
     """The condition of some samples: tensors whose first axis is the batch are sliced."""
-
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch:
-            return value[rows.to(value.device)]
-        return value
-
-    return {name: part(value) for name, value in condition.items()}
+    return {name: cut(value, rows, batch) for name, value in condition.items()}
 
 
 def log_prior(

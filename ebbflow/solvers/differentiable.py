@@ -27,7 +27,7 @@ from ebbflow.differentiation import gradients
 from ebbflow.differentiation import parameters as owned
 from ebbflow.plan import Plan, Step
 from ebbflow.rows import Stage, combine, compile_stage, on_device, require_start
-from ebbflow.solvers.stepping import Model, Point, Walk, about_mean
+from ebbflow.solvers.stepping import Model, Point, Walk, points_about_mean
 
 MODES = ("checkpoint", "adjoint", "reversible")
 SNAPSHOTS = 8
@@ -80,7 +80,7 @@ class Unrecorded(Walk):
         x = require_start(plan.schedule, model.denoiser, x_init)
         if plan.centred:
             inner = replace(self, plan=replace(plan, centred=False))
-            yield from about_mean(inner, model, x)
+            yield from points_about_mean(inner, model, x)
             return
         start = x.detach()
         model.evaluations += plan.nfe

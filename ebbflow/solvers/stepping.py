@@ -226,7 +226,7 @@ def first_order(schedule: Schedule, x: Tensor, clean: Tensor, t: float, s: float
     return clean if not sigma_s else alpha_s * clean + sigma_s / sigma * (x - alpha * clean)
 
 
-def about_mean(walk: Walk, model: Model, x: Tensor) -> Iterator[Point]:
+def points_about_mean(walk: Walk, model: Model, x: Tensor) -> Iterator[Point]:
     """The points of a walk that holds for `x_t - alpha m`, m the mean under each condition."""
     denoiser, (x,), mean = centre(model.denoiser, (x,), walk.times[0], model.condition)
     about = replace(model, denoiser=denoiser)

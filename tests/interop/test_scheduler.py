@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -600,6 +601,7 @@ def test_files_that_were_cut_or_changed(tmp_path: Path) -> None:
         ),
         (lambda p: Scheduler(compiled("ddim", ef.schedules.VP())), "plan.schedule is VP"),
         (lambda p: Scheduler(compiled("ddim", times=(0.2, 0.9))), "towards noise"),
+        (lambda p: Scheduler(replace(p, centred=True)), "plan.centred is true"),
         (lambda p: Scheduler.from_config(tame().config), r"config\.plan is missing"),
     ],
 )
