@@ -19,7 +19,7 @@ from ebbflow.tuning.residual_form import Parameters, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 END = 0.95
-STEPS, BATCH = 6, 128
+STEPS, BATCH = 6, 512
 """At least so many steps, and at most so many samples for each."""
 KNEE = 10.0
 """A sample whose error is this many times the median lands elsewhere, which no small move mends:
