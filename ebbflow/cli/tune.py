@@ -144,9 +144,10 @@ def _polished(
     from ebbflow.tuning import polish
 
     folder = options.features or classifier.FOLDER
-    network, moments = classifier.load(folder).to(device), Reference.load(
-        folder / "reference.safetensors"
-    ).moments
+    network, moments = (
+        classifier.load(folder).to(device),
+        Reference.load(folder / "reference.safetensors").moments,
+    )
     if network.shape != denoiser.shape:
         raise ValueError(
             f"--polish: the classifier in {folder} takes pictures of shape {network.shape}, the "
@@ -158,9 +159,7 @@ def _polished(
         return frechet_distance(extract(network.features, pixels, device=device), moments)
 
     assert options.polish is not None
-    return polish(
-        denoiser, plan, distance, departure=options.polish, progress=True, **condition
-    )
+    return polish(denoiser, plan, distance, departure=options.polish, progress=True, **condition)
 
 
 def _search(options: Options, denoiser: Denoiser, condition: Mapping[str, Any]) -> Plan:

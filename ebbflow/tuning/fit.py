@@ -27,7 +27,7 @@ beyond it errors count by their size, and not by their square."""
 DAMPING = 1e-2, (0.1, 1.0, 10.0)
 """At first, in diagonals of the normal matrix, and the changes of it that are tried."""
 SETTLED = 1e9  # a damping at which no step gains anything
-MOVES = {"top": 0.02, "gaps": 0.02}
+MOVES = {"top": 0.01, "gaps": 0.01}
 """Of parameters, for differences; the others move a state by `NUDGE` of its own deviation."""
 NUDGE = 0.003
 NUMBERS = 2**24  # that the columns of one part of the samples may hold
@@ -113,7 +113,7 @@ class Fit:
         self.step, self.damping, self.unseen, self.took = 0, DAMPING[0], 0.0, 0.0
         self.best_score = math.inf
         if saved is None:
-            self.best_score = score(measure(denoiser, form.plan(form.first), held_out))
+            self.best_score = self._score(form.first, held_out)
             if first is not form.first:
                 self._look()
         else:
@@ -140,37 +140,41 @@ class Fit:
         """One step, whose length is decided by other samples; the evaluations that it took."""
         part, others = (self.train.rows(self._rows(self.step + k)) for k in (0, 1))
         self.step += 1
-        n, parameters = self.form.nfe, self.parameters
-        size = len(self.directions) * part.end[0].numel()
-        chunks = torch.arange(len(part)).split(max(1, min(64, NUMBERS // size)))
-        with torch.no_grad():
-            frames = [Frame(self.form, self.denoiser, part.rows(index)) for index in chunks]
-            bases = [frame.run(parameters) for frame in frames]
-            errors = part.distance(torch.cat([base.sample for base in bases]))
-            weight = weights(errors).split([len(index) for index in chunks])
-            matrix, right = 0.0, 0.0
-            for frame, base, w in zip(frames, bases, weight, strict=True):
-                columns, error = self._columns(frame, base)
-                columns *= w.to(columns).sqrt()[:, None, None]
-                error *= w.to(error).sqrt()[:, None]
-                columns, error = columns.flatten(0, 1), error.flatten()
-                matrix = matrix + (columns.T @ columns).double()
-                right = right + (columns.T @ error).double()
-        calls = len(part) * self.each
+        matrix, right = self._equations(part)
         diagonal = torch.diagonal(matrix).clamp(min=1e-9 * float(torch.diagonal(matrix).max()))
-        before, found = score(measure(self.denoiser, self.form.plan(parameters), others)), []
+        found = [(self._score(self.parameters, others), 1.0, self.parameters)]
         for change in DAMPING[1]:
             damped = matrix + torch.diag(change * self.damping * diagonal)
-            there = self.directions.moved(parameters, torch.linalg.solve(damped, right))
+            there = self.directions.moved(self.parameters, torch.linalg.solve(damped, right))
             there.top.clamp_(max=self.form.high)
-            after = score(measure(self.denoiser, self.form.plan(there), others))
-            found.append((after, change, there))
-        after, change, there = min(found, key=lambda each: each[0])
-        if after < before:
-            self.parameters, self.damping = there, max(1e-6, self.damping * change)
-        else:
-            self.damping *= 10 * max(DAMPING[1])
-        return calls
+            found.append((self._score(there, others), change, there))
+        _, change, best = min(found, key=lambda each: each[0])
+        stays = best is self.parameters
+        self.damping = max(1e-6, self.damping * (10 * max(DAMPING[1]) if stays else change))
+        self.parameters = best
+        return len(part) * self.each
+
+    @torch.no_grad()
+    def _equations(self, part: References) -> tuple[Tensor, Tensor]:
+        """The normal matrix (P, P) and right-hand side (P,) of the weighted least squares."""
+        size = len(self.directions) * part.end[0].numel()
+        chunks = torch.arange(len(part)).split(max(1, min(64, NUMBERS // size)))
+        frames = [Frame(self.form, self.denoiser, part.rows(index)) for index in chunks]
+        bases = [frame.run(self.parameters) for frame in frames]
+        errors = part.distance(torch.cat([base.sample for base in bases]))
+        matrix = torch.zeros(len(self.directions), len(self.directions), dtype=torch.float64)
+        right = matrix[0].clone()
+        each = weights(errors).split([len(index) for index in chunks])
+        for frame, base, weight in zip(frames, bases, each, strict=True):
+            columns, lack = self._columns(frame, base)
+            root = weight.to(columns).sqrt()[:, None]
+            columns, lack = (columns * root[..., None]).flatten(0, 1), (lack * root).flatten()
+            matrix += (columns.T @ columns).to(matrix)
+            right += (columns.T @ lack).to(matrix)
+        return matrix, right
+
+    def _score(self, parameters: Parameters, of: References) -> float:
+        return score(measure(self.denoiser, self.form.plan(parameters), of))
 
     def _columns(self, frame: Frame, base: Passage) -> tuple[Tensor, Tensor]:
         """The Jacobian (B, features, P) of the samples' features, and what they lack (B, features),
@@ -202,7 +206,7 @@ class Fit:
         )
 
     def _look(self) -> None:
-        found = score(measure(self.denoiser, self.form.plan(self.parameters), self.held_out))
+        found = self._score(self.parameters, self.held_out)
         if found < self.best_score:
             self.best, self.best_score = self.parameters.copy(), found
 

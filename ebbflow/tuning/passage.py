@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ebbflow.centred import centre, restore
@@ -77,9 +76,7 @@ class Frame:
         end = self.form.end
         return restore(self.outside(w, end), self.mean, self.form.schedule, end)
 
-    def run(
-        self, parameters: Parameters, known: Passage | None = None, first: int = 0
-    ) -> Passage:
+    def run(self, parameters: Parameters, known: Passage | None = None, first: int = 0) -> Passage:
         """All calls; those before `first` are as in `known`."""
         form = self.form
         times = form.times(parameters).tolist()

@@ -70,7 +70,9 @@ def regress(frame: Frame, paths: Paths, levels: Tensor) -> tuple[Parameters, Ten
         w = frame.state(k, gains, rows, residuals)
         # What differs counts as much as it does in the state.
         by = frame.scale(times[k] if k < n else form.end)[1].to(w)
-        columns = [features[kind, j].to(w) * residuals[j] for kind in range(kinds) for j in range(k)]
+        columns = [
+            features[kind, j].to(w) * residuals[j] for kind in range(kinds) for j in range(k)
+        ]
         columns = [frame.start, *columns]
         table = torch.stack([(by * c).flatten() for c in columns], 1).double()
         lack = (by * (target - w)).flatten().double()

@@ -7,6 +7,7 @@ import torch
 
 import ebbflow as ef
 from ebbflow.bases import Basis
+from ebbflow.tuning.budget import Budget
 from ebbflow.tuning.fit import Directions, Fit, score, weights
 from ebbflow.tuning.passage import Frame
 from ebbflow.tuning.references import references
@@ -20,7 +21,7 @@ N = 4
 def case(float64):
     means = torch.tensor([[-0.8, 0.1], [0.7, -0.4]])
     covariances = torch.tensor([[[0.2, 0.05], [0.05, 0.04]], [[0.03, 0.0], [0.0, 0.3]]])
-    denoiser = ef.oracles.GaussianMixture(means, covariances, [0.4, 0.6]).denoiser(
+    denoiser = ef.oracles.GaussianMixture(means, covariances, torch.tensor([0.4, 0.6])).denoiser(
         ef.schedules.Linear()
     )
     variance = torch.tensor(0.5, dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_weights_point_where_the_score_falls(float64):
 def test_steps_go_down_and_beat_the_start(case):
     form, denoiser, found = case
     fit = fit_of(form, denoiser, found)
-    for _ in fit.run(ef.tuning.budget.Budget(1e9, 40_000)):
+    for _ in fit.run(Budget(1e9, 40_000)):
         pass
     errors = [
         fit.held_out.errors(denoiser, form.plan(p)).mean().item() for p in (form.first, fit.best)
@@ -81,7 +82,7 @@ def test_steps_go_down_and_beat_the_start(case):
 
 
 def test_rows_are_regressions(case):
-    """Each row is the least squares of the path over what it may use: what is left is orthogonal."""
+    """Each row is a least squares: what it leaves of the path is orthogonal to what it may use."""
     form, denoiser, found = case
     frame = Frame(form, denoiser, found)
     paths = Paths(frame, denoiser)
@@ -94,9 +95,10 @@ def test_rows_are_regressions(case):
         column = (scale * column).flatten()
         assert abs(float(left @ column / (left.norm() * column.norm()))) < 1e-5
     moved = Directions(form, form.nfe).moved(parameters, torch.tensor([0.01] + [0.0] * N))
-    assert found.distance(frame.run(moved).sample).square().mean() > found.distance(
-        sample
-    ).square().mean()
+    assert (
+        found.distance(frame.run(moved).sample).square().mean()
+        > found.distance(sample).square().mean()
+    )
 
 
 def test_paths_are_those_of_the_model(case):

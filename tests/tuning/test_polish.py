@@ -11,7 +11,8 @@ TARGET = 0.55
 @pytest.fixture(scope="module")
 def model():
     """Its samples have deviation 0.5 along both axes; the data are a little wider."""
-    law = ef.oracles.GaussianMixture([[0.2, -0.1]], [[[0.25, 0.0], [0.0, 0.25]]], [1.0])
+    mean, covariance = torch.tensor([[0.2, -0.1]]), 0.25 * torch.eye(2)[None]
+    law = ef.oracles.GaussianMixture(mean, covariance, torch.ones(1))
     return law.denoiser(ef.schedules.VP())
 
 
