@@ -5,7 +5,7 @@ Examples:
   ebbflow tune --model models/mine --budget 900   a model that you trained, 15 minutes
   ebbflow tune --guidance 2 --classes 3 5         under guidance, two classes
   ebbflow tune --start unipc-b2-3 --nfe 10        from a solver of your choice
-  ebbflow tune --polish 0.015                     then nearer to real pictures, in the last row
+  ebbflow tune --polish 0.01                      and then a little nearer to real pictures
   ebbflow tune --method times --start ddim        a search over the times of ddim
 
 `ebbflow sample --plan plan.json` uses it. The same command goes on where it was stopped. The plan
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,8 +54,8 @@ class Options:
     samples: int | None = None
     """Converged samples, a third of them held out; without it, by the budget."""
     polish: float | None = None
-    """Then move the last row towards a smaller Fréchet distance to real pictures, that of `ebbflow
-    evaluate`, by at most so many deviations of the samples: 0.015 cannot be seen."""
+    """Then move the plan towards a smaller Fréchet distance to real pictures, that of `ebbflow
+    evaluate`, its samples by at most so many deviations: 0.01 cannot be seen."""
     features: Path | None = None
     """Folder of another classifier for --polish, as in `ebbflow evaluate`."""
     seed: int = 0
@@ -73,9 +73,11 @@ def run(options: Options) -> None:
 
     from ebbflow.cli import _models
     from ebbflow.plan import Plan
-    from ebbflow.tuning import tune
+    from ebbflow.tuning import polish, tune
 
     began = time.perf_counter()
+    if options.polish is not None and not 0 < options.polish < 1:
+        raise ValueError(f"polish is {options.polish}: give deviations between 0 and 1")
     if options.out.suffix != ".json":
         raise ValueError(f"out is {options.out}: a plan is a .json file")
     device = pick_device(options.device)
@@ -84,6 +86,7 @@ def run(options: Options) -> None:
         guidance = _models.guidance_of(options.model)
     denoiser, classes = _models.guided(options.model, device, options.classes, guidance)
     condition: dict[str, Any] = {"label": torch.tensor(classes, device=device)} if classes else {}
+    distance = None if options.polish is None else _frechet(options.features, denoiser)
     if options.method == "learned":
         plan = tune(
             denoiser,
@@ -100,8 +103,9 @@ def run(options: Options) -> None:
         )
     else:
         plan = _search(options, denoiser, condition)
-    if options.polish is not None:
-        plan = _polished(options, plan, denoiser, condition, device)
+    if distance is not None and options.polish is not None:
+        kept = {"departure": options.polish, "progress": True}
+        plan = polish(denoiser, plan, distance, seed=options.seed + 1, **kept, **condition)
     plan.save(options.out)
     seconds = round(time.perf_counter() - began, 1)
     if options.json:
@@ -129,37 +133,29 @@ def _table(plan: Plan) -> None:
     print_table(["plan", "mean", "root mean square", "median"], rows, title)
 
 
-def _polished(
-    options: Options,
-    plan: Plan,
-    denoiser: Denoiser,
-    condition: Mapping[str, Any],
-    device: torch.device,
-) -> Plan:
+def _frechet(folder: Path | None, denoiser: Denoiser) -> Callable[[torch.Tensor], float]:
+    """The distance of samples to the real pictures that a classifier's folder knows."""
     from ebbflow.images import to_uint8
     from ebbflow.metrics import classifier
     from ebbflow.metrics.features import extract
     from ebbflow.metrics.frechet import frechet_distance
     from ebbflow.metrics.report import Reference
-    from ebbflow.tuning import polish
 
-    folder = options.features or classifier.FOLDER
-    network, moments = (
-        classifier.load(folder).to(device),
-        Reference.load(folder / "reference.safetensors").moments,
-    )
+    folder = folder or classifier.FOLDER
+    network = classifier.load(folder)
     if network.shape != denoiser.shape:
         raise ValueError(
             f"--polish: the classifier in {folder} takes pictures of shape {network.shape}, the "
             f"model draws {denoiser.shape}: give another one by --features"
         )
+    real = Reference.load(folder / "reference.safetensors").moments
 
     def distance(samples: torch.Tensor) -> float:
         pixels = to_uint8(samples).permute(0, 3, 1, 2)
-        return frechet_distance(extract(network.features, pixels, device=device), moments)
+        network.to(samples.device)
+        return frechet_distance(extract(network.features, pixels, device=samples.device), real)
 
-    assert options.polish is not None
-    return polish(denoiser, plan, distance, departure=options.polish, progress=True, **condition)
+    return distance
 
 
 def _search(options: Options, denoiser: Denoiser, condition: Mapping[str, Any]) -> Plan:

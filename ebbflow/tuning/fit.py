@@ -54,12 +54,12 @@ def weights(errors: Tensor) -> Tensor:
 
 
 class Directions:
-    """The parameters of a form as a vector, those that matter from call `least` on alone.
+    """The parameters of a form as a vector.
 
     places: name and index of each; first: the call from which on it matters, n for the last row.
     """
 
-    def __init__(self, form: ResidualForm, least: int = 0) -> None:
+    def __init__(self, form: ResidualForm) -> None:
         n = form.nfe
         kinds = 1 if form.axes.variance.ndim == 0 else 2
         below = [(k, j) for k in range(n + 1) for j in range(k)]
@@ -67,13 +67,25 @@ class Directions:
         found += [("gaps", (k,), k + 1) for k in range(n - 1)]
         found += [("gain", (k,), k) for k in range(n + 1)]
         found += [("matrix", (kind, *at), at[0]) for kind in range(kinds) for at in below]
-        found = [each for each in found if each[2] >= least]
         self.places = [(name, at) for name, at, _ in found]
         self.first = [first for *_, first in found]
         self.evaluations = sum(n - first for first in self.first)
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def sizes(self, form: ResidualForm, parameters: Parameters, run: Passage) -> Tensor:
+        """(P,): of moves whose differences are derivatives, in view of what a run found."""
+        out = torch.full((len(self),), NUDGE, dtype=torch.float64)
+        features = form.features(form.levels(parameters))
+        for p, (name, at) in enumerate(self.places):
+            if name in MOVES:
+                out[p] = MOVES[name]
+            elif name == "matrix":
+                kind, _, j = at
+                wide = features[kind, j].to(run.residuals[j]) * run.residuals[j]
+                out[p] /= max(1e-6, float(wide.square().mean().sqrt()))
+        return out
 
     def moved(self, parameters: Parameters, by: Tensor) -> Parameters:
         """The parameters, moved by a vector (P,)."""
@@ -182,19 +194,11 @@ class Fit:
         part = frame.part
         here = part.features(base.sample).flatten(1)
         scale = math.sqrt(here.shape[1]) * part.deviation
-        features = self.form.features(self.form.levels(self.parameters))
         columns = here.new_empty(*here.shape, len(self.directions))
-        for p, (name, at) in enumerate(self.directions.places):
-            move = MOVES.get(name, NUDGE)
-            if name == "matrix":
-                kind, _, j = at
-                wide = features[kind, j].to(here) * base.residuals[j]
-                move = NUDGE / max(1e-6, float(wide.square().mean().sqrt()))
-            step = torch.zeros(len(self.directions), dtype=torch.float64)
-            step[p] = move
-            moved = self.directions.moved(self.parameters, step)
-            there = frame.run(moved, base, self.directions.first[p]).sample
-            columns[..., p] = (part.features(there).flatten(1) - here) / (move * scale)
+        sizes = self.directions.sizes(self.form, self.parameters, base)
+        for p, (move, first) in enumerate(zip(sizes.diag(), self.directions.first, strict=True)):
+            there = frame.run(self.directions.moved(self.parameters, move), base, first).sample
+            columns[..., p] = (part.features(there).flatten(1) - here) / (float(sizes[p]) * scale)
         return columns, (part.end.flatten(1) - here) / scale
 
     def _rows(self, step: int) -> Tensor:
