@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,7 @@ SAMPLES = 64
 TRIALS = 40
 SPREAD = 0.25  # of levels, e-folds, at first
 RIDGE = 1e-9
+TOPS, BOTTOMS = (10.0, 35.0), (0.1, 0.2)  # of levels to begin at, in deviations
 
 
 class Paths:
@@ -112,8 +114,9 @@ def regression(
         return score(frame.part.distance(samples)), found
 
     generator = torch.Generator().manual_seed(seed)
-    levels, spread = form.levels(form.first), SPREAD
-    best, found = tried(levels)
+    spread = SPREAD
+    begun = [(*tried(levels), levels) for levels in _beginnings(form)]
+    best, found, levels = min(begun, key=lambda each: each[0])
     while budget.share < until:
         moves = spread * torch.randn(n, generator=generator, dtype=torch.float64)
         moves *= torch.rand(n, generator=generator) < 0.5
@@ -124,3 +127,13 @@ def regression(
         else:
             spread *= 0.95
     return found
+
+
+def _beginnings(form: ResidualForm) -> Iterator[Tensor]:
+    """Levels to search from: those of the form, and some equally far apart."""
+    yield form.levels(form.first)
+    unit = 0.5 * form.axes.variance.mean().log()
+    for high in TOPS:
+        for low in BOTTOMS:
+            even = torch.linspace(math.log(high), math.log(low), form.nfe, dtype=torch.float64)
+            yield (unit + even).clamp(form.low, form.high)
