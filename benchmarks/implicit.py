@@ -121,21 +121,21 @@ def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10) -> Run:
         zeros = torch.zeros(p["a"].shape[1] if "a" in p else len(at), dtype=torch.float64)
         if name == "ridge":
             # A quadratic: one exact step is better than several inexact ones.
-            newton = solvers.Newton(linear_solver=linear.Auto(linear.CG(tolerance=1e-14)))
-            return minimize(f, zeros, at, tol=1e-9, solver=newton)
+            newton = solvers.Newton(linear_solver=linear.CG(tolerance=2e-13))
+            return minimize(f, zeros, at, tol=1e-9, solver=newton, linear_solver=linear.CG(1e-8))
         if name == "lasso":
             step = float(t["step"])
             prox = lambda z, w: proximal.lasso(z, step * w)  # noqa: E731
             condition = conditions.proximal_gradient(f, prox, step)
-            return fixed_point(condition, zeros, (), at, tol=tol)
+            return fixed_point(condition, zeros, (), at, tol=tol, linear_solver=linear.BiCGSTAB(1e-8))
         if name == "svm":
             step = float(t["step"])
             condition = conditions.projected_gradient(f, projections.simplex, step)
             start = torch.full_like(t["y"], 1 / 3)
-            return fixed_point(condition, start, at, tol=tol, solver="anderson-newton")
+            return fixed_point(condition, start, at, tol=tol, linear_solver=linear.BiCGSTAB(1e-8))
         if name == "program":
             return quadratic_program(t["q"], at, t["e"], t["d"], t["m"], t["h"]).x
-        return fixed_point(f, zeros, at, tol=tol)
+        return fixed_point(f, zeros, at, tol=tol, linear_solver=linear.GMRES(1e-8))
 
     return torch_run(p, solve)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.linear import GMRES, Auto, LinearSolver, Operator, divide
-from ebbflow.differentiation.status import Status, dot, norm
+from ebbflow.differentiation.linear import GMRES, Auto, LinearSolver, Operator, divide, times
+from ebbflow.differentiation.status import Status, dot, keep, norm, some
 
 Map = Callable[[Tensor], Tensor]
 
@@ -88,15 +88,15 @@ class Picard(FixedPointSolver):
     damping: float = 1.0
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        k = 0
+        k, goal = 0, self.goal(x)
         r = function(x) - x
         while k < self.max_iterations:
-            active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            active = (relative(r, x) > goal).unsqueeze(-1)
+            if not some(active):
                 break
             k += 1
-            x = torch.where(active, x + self.damping * r, x)
-            r = torch.where(active, function(x) - x, r)
+            x = keep(active, torch.add(x, r, alpha=self.damping), x)
+            r = keep(active, function(x) - x, r)
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
@@ -118,27 +118,29 @@ class Anderson(FixedPointSolver):
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
         # Differences of successive T(x) and r, both over the length of the latter: the
         # least-squares problem stays well conditioned while they shrink.
-        dt, dr = (x.new_zeros(*x.shape, self.memory) for _ in range(2))
+        dt, dr = x.new_zeros(2, *x.shape[:-1], self.memory, x.shape[-1])
         ridge = self.ridge * torch.eye(self.memory, dtype=x.dtype, device=x.device)
-        r, k = function(x) - x, 0
+        r, k, goal = function(x) - x, 0, self.goal(x)
+        size = norm(r)
         while k < self.max_iterations:
-            active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            active = (size > goal * (1 + norm(x))).unsqueeze(-1)
+            if not some(active):
                 break
             # The mixture of the past whose r is least; the ridge keeps its matrix definite.
-            factor = torch.linalg.cholesky_ex(dr.mT @ dr + ridge)[0]
-            weights = torch.cholesky_solve(dr.mT @ r.unsqueeze(-1), factor)
-            new = torch.where(active, x + r - (dt @ weights).squeeze(-1), x)
-            there = torch.where(active, function(new) - new, r)
+            factor = torch.linalg.cholesky_ex(dr @ dr.mT + ridge)[0]
+            weights = torch.cholesky_solve(times(dr, r).unsqueeze(-1), factor).squeeze(-1)
+            new = keep(active, x + r - times(dt.mT, weights), x)
+            there = keep(active, function(new) - new, r)
             change = there - r
-            inverse = divide(torch.ones_like(change[..., :1]), norm(change).unsqueeze(-1))
-            dt[..., k % self.memory] = (new - x + change) * inverse
-            dr[..., k % self.memory] = change * inverse
+            length = norm(change).unsqueeze(-1)
+            dt[..., k % self.memory, :] = divide(new - x + change, length)
+            dr[..., k % self.memory, :] = divide(change, length)
             # A jump means that T has another slope here, as behind a kink: the past misleads.
-            forget = norm(there) > 2 * norm(r)
-            if bool(forget.any()):
-                keep = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
-                dt, dr = dt * keep, dr * keep
+            before, size = size, norm(there)
+            forget = size > 2 * before
+            if some(forget):
+                stays = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+                dt, dr = dt * stays, dr * stays
             x, r, k = new, there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
