@@ -127,12 +127,12 @@ def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10) -> Run:
             step = float(t["step"])
             prox = lambda z, w: proximal.lasso(z, step * w)  # noqa: E731
             condition = conditions.proximal_gradient(f, prox, step)
-            return fixed_point(condition, zeros, (), at, tol=tol, linear_solver=linear.BiCGSTAB(1e-8))
+            return fixed_point(condition, zeros, (), at, tol=tol, linear_solver=linear.GMRES(1e-8))
         if name == "svm":
             step = float(t["step"])
             condition = conditions.projected_gradient(f, projections.simplex, step)
             start = torch.full_like(t["y"], 1 / 3)
-            return fixed_point(condition, start, at, tol=tol, linear_solver=linear.BiCGSTAB(1e-8))
+            return fixed_point(condition, start, at, tol=tol, linear_solver=linear.GMRES(1e-8))
         if name == "program":
             return quadratic_program(t["q"], at, t["e"], t["d"], t["m"], t["h"]).x
         return fixed_point(f, zeros, at, tol=tol, linear_solver=linear.GMRES(1e-8))

@@ -80,8 +80,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and zero where b is zero: the step of a problem that has nothing left to do."""
-    zero = b == 0
-    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+    return (a / b).masked_fill_(b == 0, 0.0)
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class CG(Iterative):
 
     def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
         x, r, p = torch.zeros_like(b), b, b
-        rr, first = dot(r, r), None
+        rr, sign = dot(r, r), None
         k, reason = 0, ""
         while k < cap:
             active = rr.sqrt() > goal
@@ -141,9 +140,9 @@ class CG(Iterative):
             k += 1
             q = operator.matvec(p)
             curvature = dot(p, q)
-            first = curvature if first is None else first
+            sign = curvature.sign() if sign is None else sign
             # Curvatures of both signs: an indefinite matrix, on which the method means nothing.
-            if some(active & (curvature.sign() * first <= 0)):
+            if some(active & (curvature * sign <= 0)):
                 reason = "the matrix is singular or not definite; use gmres or normal-cg"
                 break
             step = keep(active, rr / curvature, 0.0)
@@ -239,7 +238,7 @@ class GMRES(Iterative):
         The residual before the step is known: β / |u| for the u, u_0 = 1, that is orthogonal to
         every column of the Hessenberg matrix.
         """
-        beta, eps = norm(r).unsqueeze(-1), torch.finfo(r.dtype).eps
+        beta, half, rounding = norm(r).unsqueeze(-1), 0.5 * goal, 10 * torch.finfo(r.dtype).eps
         basis = r.new_zeros(*r.shape[:-1], length + 1, r.shape[-1])
         basis[..., 0, :] = divide(r, beta)
         hessenberg = r.new_zeros(*r.shape[:-1], length + 1, length)
@@ -253,14 +252,12 @@ class GMRES(Iterative):
             more = times(span, w)
             w, h = w - times(span.mT, more), h + more
             height = norm(w).unsqueeze(-1)
-            inside = height <= 10 * eps * before
-            hessenberg[..., : j + 1, j] = h
-            hessenberg[..., j + 1, j] = height.masked_fill(inside, 0.0).squeeze(-1)
-            u[..., j + 1] = -(dot(u[..., : j + 1], h) / height).squeeze(-1)
-            going = ~inside & (beta > 0.5 * goal * norm(u[..., : j + 2]).unsqueeze(-1))
-            if not some(going):
+            outside = height > rounding * before
+            hessenberg[..., : j + 2, j] = torch.cat([h, height * outside], -1)
+            u[..., j + 1 : j + 2] = dot(u[..., : j + 1], h) / -height
+            if not some(outside & (beta > half * norm(u[..., : j + 2]).unsqueeze(-1))):
                 break
-            basis[..., j + 1, :] = keep(~inside, w / height, 0.0)
+            basis[..., j + 1, :] = keep(outside, w / height, 0.0)
         part, target = hessenberg[..., : j + 2, : j + 1], torch.zeros_like(basis[..., : j + 2, 0])
         target[..., 0] = beta.squeeze(-1)
         y = times(torch.linalg.pinv(part), target)
