@@ -121,7 +121,7 @@ def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10) -> Run:
         zeros = torch.zeros(p["a"].shape[1] if "a" in p else len(at), dtype=torch.float64)
         if name == "ridge":
             # A quadratic: one exact step is better than several inexact ones.
-            newton = solvers.Newton(linear_solver=linear.CG(tolerance=2e-13))
+            newton = solvers.Newton(linear_solver=linear.CG(tolerance=6e-13))
             return minimize(f, zeros, at, tol=1e-9, solver=newton, linear_solver=linear.CG(1e-8))
         if name == "lasso":
             step = float(t["step"])

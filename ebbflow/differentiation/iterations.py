@@ -131,18 +131,20 @@ class Anderson(FixedPointSolver):
             diagonal.mul_(1 + self.ridge).masked_fill_(diagonal == 0, 1.0)
             factor = torch.linalg.cholesky_ex(gram)[0]
             weights = torch.cholesky_solve(times(dr, r).unsqueeze(-1), factor).squeeze(-1)
-            x = keep(active, t - times(dt.mT, weights), x)
-            new = keep(active, function(x), t)
-            there = new - x
-            dt[..., k % self.memory, :] = new - t
-            dr[..., k % self.memory, :] = there - r
+            old, x = x, keep(active, t - times(dt.mT, weights), x)
+            t = keep(active, function(x), t)
+            there = t - x
+            change = there - r
+            # Not by T(x) itself: to rounding, the two tables are of the same steps.
+            dt[..., k % self.memory, :] = x - old + change
+            dr[..., k % self.memory, :] = change
             # A jump means that T has another slope here, as behind a kink: the past misleads.
             before, size = size, norm(there)
             forget = size > 2 * before
             if some(forget):
                 stays = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
                 dt, dr = dt * stays, dr * stays
-            t, r, k = new, there, k + 1
+            r, k = there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
