@@ -239,13 +239,13 @@ class GMRES(Iterative):
         every column of the Hessenberg matrix.
         """
         beta, half, rounding = norm(r).unsqueeze(-1), 0.5 * goal, 10 * torch.finfo(r.dtype).eps
-        basis = r.new_zeros(*r.shape[:-1], length + 1, r.shape[-1])
-        basis[..., 0, :] = divide(r, beta)
+        basis = r.new_zeros(*r.shape[:-1], length, r.shape[-1])
         hessenberg = r.new_zeros(*r.shape[:-1], length + 1, length)
-        u = torch.ones_like(basis[..., 0])
+        last, u = divide(r, beta), torch.ones_like(beta)
         for j in range(length):
-            w = operator.matvec(basis[..., j, :])
-            span, before = basis[..., : j + 1, :], norm(w).unsqueeze(-1)
+            basis[..., j, :] = last
+            w = operator.matvec(last)
+            span, before = basis.narrow(-2, 0, j + 1), norm(w).unsqueeze(-1)
             # Gram-Schmidt twice: once is not orthogonal enough at 1e-10.
             h = times(span, w)
             w = w - times(span.mT, h)
@@ -254,14 +254,12 @@ class GMRES(Iterative):
             height = norm(w).unsqueeze(-1)
             outside = height > rounding * before
             hessenberg[..., : j + 2, j] = torch.cat([h, height * outside], -1)
-            u[..., j + 1 : j + 2] = dot(u[..., : j + 1], h) / -height
-            if not some(outside & (beta > half * norm(u[..., : j + 2]).unsqueeze(-1))):
+            u = torch.cat([u, dot(u, h) / -height], -1)
+            if not some(outside & (beta > half * norm(u).unsqueeze(-1))):
                 break
-            basis[..., j + 1, :] = keep(outside, w / height, 0.0)
-        part, target = hessenberg[..., : j + 2, : j + 1], torch.zeros_like(basis[..., : j + 2, 0])
-        target[..., 0] = beta.squeeze(-1)
-        y = times(torch.linalg.pinv(part), target)
-        return times(basis[..., : j + 1, :].mT, y), j + 1
+            last = keep(outside, w / height, 0.0)
+        y = beta * torch.linalg.pinv(hessenberg[..., : j + 2, : j + 1])[..., 0]
+        return times(span.mT, y), j + 1
 
 
 @dataclass(frozen=True)
