@@ -1,21 +1,24 @@
-"""Value and gradient of five implicit functions beside jaxopt and torchopt, where installed.
+"""Value and gradient of seven implicit functions beside jaxopt and torchopt, where installed.
 
     python -m benchmarks.implicit [--size small|medium] [--repeats 5] [--problem ridge]
 
 float64 on one thread, every library in a process of its own, each with those of its solvers that
-were fastest here at a gradient right to 1e-7. Cold is the first call, which compiles jaxopt's;
+were fastest here, at medium size, at a gradient right to 1e-7. All solve to the same tolerances:
+1e-9 for the gradient of the ridge and the program's residuals, 1e-10 for fixed points, `SYSTEM`
+for the linear systems of the derivatives. Cold is the first call, which compiles jaxopt's;
 warm the least of the repeats after it; both in milliseconds of the processor. Memory is what a
 warm call adds to the resident set at its height, from another process whose allocator returns what
 is freed. A ratio is ours over theirs. Error is the greatest difference of the gradient, relative,
 from the closed form or from a solution to 1e-13. torchopt has no solvers of its own for these
 problems: it gets torch's L-BFGS, accelerated proximal gradient, Picard's iteration, and for the
-program our interior point.
+program our interior point and for the simplex our projection.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,15 +31,26 @@ import numpy as np
 
 LIBRARIES = ("ebbflow", "jaxopt", "torchopt")
 SIZES = {
-    "small": {"ridge": (200, 60), "lasso": (200, 60), "svm": (20, 30), "program": 40, "net": 100},
+    "small": {
+        "ridge": (200, 60),
+        "lasso": (200, 60),
+        "svm": (20, 30),
+        "program": 40,
+        "net": 100,
+        "simplex": 1000,
+        "transport": 40,
+    },
     "medium": {
         "ridge": (3000, 800),
         "lasso": (1500, 500),
         "svm": (100, 150),
         "program": 200,
         "net": 800,
+        "simplex": 100_000,
+        "transport": 300,
     },
 }
+SYSTEM = 1e-8
 Run = Callable[[np.ndarray], np.ndarray]
 
 
@@ -54,6 +68,8 @@ def problems(size: str) -> dict[str, dict[str, Any]]:
     n = sizes["program"]
     q, e, m = rng.normal(size=(n, n)), rng.normal(size=(n // 8, n)), rng.normal(size=(n // 4, n))
     w = rng.normal(size=(sizes["net"], sizes["net"]))
+    one, other = rng.normal(size=(2, sizes["transport"], 2))
+    cost = ((one[:, None] - other - 1) ** 2).sum(-1)
     return {
         "ridge": ridge,
         "lasso": {**lasso, "step": np.array(1 / np.linalg.norm(lasso["a"], 2) ** 2)},
@@ -72,6 +88,8 @@ def problems(size: str) -> dict[str, dict[str, Any]]:
             "at": rng.normal(size=n),
         },
         "network": {"w": 0.8 * w / np.linalg.norm(w, 2), "at": rng.normal(size=len(w))},
+        "simplex": {"at": rng.normal(size=sizes["simplex"]) / sizes["simplex"]},
+        "transport": {"at": cost / (0.05 * cost.mean())},
     }
 
 
@@ -85,6 +103,23 @@ def functions(name: str, t: dict[str, Any], numpy: Any) -> Callable[..., Any]:
         residual = lambda x: t["a"].T @ (t["y"] - x)  # noqa: E731
         return lambda x, at: 0.5 * (residual(x) ** 2).sum() / at + (x * t["y"]).sum()
     return lambda z, at: numpy.tanh(t["w"] @ z + at)
+
+
+def transport(log_sum: Callable[[Any, int], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Sinkhorn's map of the first potential between uniform laws, for a cost in units of the
+    temperature, and the plan of a potential, times the number of points."""
+
+    def second(f: Any, at: Any) -> Any:
+        return math.log(len(f)) - log_sum(f[:, None] - at, 0)
+
+    def sinkhorn(f: Any, at: Any) -> Any:
+        new = math.log(len(f)) - log_sum(second(f, at)[None] - at, 1)
+        return new - new.mean()
+
+    def plan(f: Any, at: Any, exp: Callable[[Any], Any]) -> Any:
+        return exp(f[:, None] + second(f, at)[None] - at) / len(f)
+
+    return sinkhorn, plan
 
 
 def torch_run(p: dict[str, Any], solve: Callable[[Any, Any], Any]) -> Run:
@@ -102,7 +137,7 @@ def torch_run(p: dict[str, Any], solve: Callable[[Any, Any], Any]) -> Run:
     return run
 
 
-def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10) -> Run:
+def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10, system: float = SYSTEM) -> Run:
     import torch
 
     from ebbflow.differentiation import (
@@ -117,25 +152,36 @@ def ebbflow(name: str, p: dict[str, Any], tol: float = 1e-10) -> Run:
     )
 
     def solve(t: dict[str, Any], at: Any) -> Any:
+        if name == "simplex":
+            return projections.simplex(at)
         f = functions(name, t, torch)
         zeros = torch.zeros(p["a"].shape[1] if "a" in p else len(at), dtype=torch.float64)
+        if name == "transport":
+            sinkhorn, plan = transport(torch.logsumexp)
+            systems = linear.BiCGSTAB(system)
+            return plan(
+                fixed_point(sinkhorn, zeros, at, tol=tol, linear_solver=systems), at, torch.exp
+            )
         if name == "ridge":
             # A quadratic: one exact step is better than several inexact ones.
-            newton = solvers.Newton(linear_solver=linear.Auto(linear.CG(tolerance=1e-14)))
-            return minimize(f, zeros, at, tol=1e-9, solver=newton)
+            newton = solvers.Newton(linear_solver=linear.CG(tolerance=6e-13))
+            return minimize(f, zeros, at, tol=1e-9, solver=newton, linear_solver=linear.CG(system))
         if name == "lasso":
             step = float(t["step"])
             prox = lambda z, w: proximal.lasso(z, step * w)  # noqa: E731
             condition = conditions.proximal_gradient(f, prox, step)
-            return fixed_point(condition, zeros, (), at, tol=tol)
+            return fixed_point(
+                condition, zeros, (), at, tol=tol, linear_solver=linear.GMRES(system)
+            )
         if name == "svm":
             step = float(t["step"])
             condition = conditions.projected_gradient(f, projections.simplex, step)
             start = torch.full_like(t["y"], 1 / 3)
-            return fixed_point(condition, start, at, tol=tol, solver="anderson-newton")
+            return fixed_point(condition, start, at, tol=tol, linear_solver=linear.GMRES(system))
         if name == "program":
             return quadratic_program(t["q"], at, t["e"], t["d"], t["m"], t["h"]).x
-        return fixed_point(f, zeros, at, tol=tol)
+        stable = linear.BiCGSTAB(system)
+        return fixed_point(f, zeros, at, tol=tol, solver="picard", linear_solver=stable)
 
     return torch_run(p, solve)
 
@@ -151,15 +197,26 @@ def jaxopt(name: str, p: dict[str, Any]) -> Run:
     t = {k: jnp.asarray(v) for k, v in p.items()}
     f = functions(name, t, jnp)
 
-    def systems(solve: Callable[..., Any], tol: float = 1e-10) -> dict[str, Any]:
+    def systems(solve: Callable[..., Any], tol: float = SYSTEM) -> dict[str, Any]:
         return {
             "implicit_diff_solve": lambda matvec, b, **_: solve(matvec, b, tol=tol, maxiter=50000)
         }
 
     def solve(at: Any) -> Any:
+        if name == "simplex":
+            return jaxopt.projection.projection_simplex(at)
         zeros = jnp.zeros(p["a"].shape[1] if "a" in p else len(p["at"]))
+        if name == "transport":
+            sinkhorn, plan = transport(jax.scipy.special.logsumexp)
+            options = systems(linear_solve.solve_gmres)
+            # Theirs is absolute, ours relative to the potential, whose norm is 170. Their Anderson
+            # takes twice as long.
+            method = jaxopt.FixedPointIteration(sinkhorn, tol=1.7e-8, maxiter=5000, **options)
+            return plan(method.run(zeros, at).params, at, jnp.exp)
         if name == "ridge":
-            method = jaxopt.LBFGS(f, tol=1e-9, maxiter=2000, **systems(linear_solve.solve_cg))
+            # Every one of its line searches takes longer than steps of 1, which do converge here.
+            options = systems(linear_solve.solve_cg) | {"tol": 1e-9, "stepsize": 1.0}
+            method = jaxopt.LBFGS(f, maxiter=2000, **options)
             return method.run(zeros, at).params
         if name == "program":
             # Looser systems leave an error of 1e-2.
@@ -170,10 +227,11 @@ def jaxopt(name: str, p: dict[str, Any]) -> Run:
             return method.run(params_obj=(t["q"], at), **parts).params.primal
         if name == "network":
             options = systems(linear_solve.solve_bicgstab)
-            method = jaxopt.AndersonAcceleration(f, tol=1e-10, maxiter=1000, **options)
+            method = jaxopt.FixedPointIteration(f, tol=1e-10, maxiter=1000, **options)
             return method.run(zeros, at).params
         # Its line search stalls at 1e-7, and ProjectedGradient ignores `implicit_diff_solve`.
         options = {"tol": 1e-10, "maxiter": 20000, "stepsize": float(p["step"])}
+        options |= {"acceleration": False}
         if name == "lasso":
             options |= systems(linear_solve.solve_gmres)
             method = jaxopt.ProximalGradient(f, jaxopt.prox.prox_lasso, **options)
@@ -210,11 +268,13 @@ def torchopt(name: str, p: dict[str, Any]) -> Run:
     from ebbflow.differentiation.programs import interior_point
 
     def solve(t: dict[str, Any], at: Any) -> Any:
+        if name == "simplex":
+            return projections.simplex(at)
         f = functions(name, t, torch)
         zeros = torch.zeros(p["a"].shape[1] if "a" in p else len(at), dtype=torch.float64)
         options: dict[str, Any] = {"argnums": 1, "solve": solve_inv()}
         if name == "ridge":
-            options["solve"] = solve_cg(rtol=1e-10, atol=0)
+            options["solve"] = solve_cg(rtol=SYSTEM, atol=0)
 
             @custom_root(torch.func.grad(f), **options)
             def ridge(x: Any, at: Any) -> Any:
@@ -248,20 +308,23 @@ def torchopt(name: str, p: dict[str, Any]) -> Run:
                 return torch.cat(interior_point(z.split(sizes), (t["q"], at.detach()), *rest))
 
             return program(torch.zeros(sum(sizes), dtype=torch.float64), at)[: len(at)]
-        if name == "network":
+        if name in ("network", "transport"):
+            if name == "transport":
+                f, plan = transport(torch.logsumexp)
             if len(at) > 256:
-                options["solve"] = solve_normal_cg(rtol=1e-10, atol=0)
+                options["solve"] = solve_normal_cg(rtol=SYSTEM, atol=0)
 
             @custom_root(lambda z, at: f(z, at) - z, **options)
             def network(z: Any, at: Any) -> Any:
-                for _ in range(1000):
+                for _ in range(5000):
                     new = f(z, at.detach())
                     if (new - z).norm() <= 1e-10 * (1 + z.norm()):
                         break
                     z = new
                 return z
 
-            return network(zeros, at)
+            found = network(zeros, at)
+            return plan(found, at, torch.exp) if name == "transport" else found
         step = float(t["step"])
         if name == "lasso":
             prox = lambda z, w: proximal.lasso(z, step * w)  # noqa: E731
@@ -282,7 +345,7 @@ def torchopt(name: str, p: dict[str, Any]) -> Run:
 
 def reference(name: str, p: dict[str, Any]) -> np.ndarray:
     if name != "ridge":
-        return ebbflow(name, p, tol=1e-13)(p["at"])
+        return ebbflow(name, p, tol=1e-13, system=1e-12)(p["at"])
     hessian = p["a"].T @ p["a"] + np.diag(p["at"])
     x = np.linalg.solve(hessian, p["a"].T @ p["y"])
     return -2 * x * np.linalg.solve(hessian, x)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -105,11 +105,8 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def substituted(old: Sequence[Tensor], new: Sequence[Tensor]) -> Iterator[None]:
+def substituted(old: Sequence[Tensor], new: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Within, every operation on one of `old` is one on its partner in `new`."""
     if not old:
-        yield
-        return
-    with _Substitute({id(a): b for a, b in zip(old, new, strict=True)}):
-        yield
+        return nullcontext()
+    return _Substitute({id(a): b for a, b in zip(old, new, strict=True)})

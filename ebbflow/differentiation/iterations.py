@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebbflow.differentiation.linear import GMRES, Auto, LinearSolver, Operator, divide
-from ebbflow.differentiation.status import Status, dot, norm
+from ebbflow.differentiation.linear import GMRES, Auto, LinearSolver, Operator, divide, times
+from ebbflow.differentiation.status import Status, dot, keep, norm, some
 
 Map = Callable[[Tensor], Tensor]
 
@@ -88,15 +88,15 @@ class Picard(FixedPointSolver):
     damping: float = 1.0
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        k = 0
+        k, goal = 0, self.goal(x)
         r = function(x) - x
         while k < self.max_iterations:
-            active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            active = (relative(r, x) > goal).unsqueeze(-1)
+            if not some(active):
                 break
             k += 1
-            x = torch.where(active, x + self.damping * r, x)
-            r = torch.where(active, function(x) - x, r)
+            x = keep(active, torch.add(x, r, alpha=self.damping), x)
+            r = keep(active, function(x) - x, r)
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
@@ -116,30 +116,35 @@ class Anderson(FixedPointSolver):
     ridge: float = 1e-12
 
     def __call__(self, function: Map, x: Tensor) -> tuple[Tensor, Status]:
-        # Differences of successive T(x) and r, both over the length of the latter: the
-        # least-squares problem stays well conditioned while they shrink.
-        dt, dr = (x.new_zeros(*x.shape, self.memory) for _ in range(2))
-        ridge = self.ridge * torch.eye(self.memory, dtype=x.dtype, device=x.device)
-        r, k = function(x) - x, 0
+        # Rows are differences of successive T(x) and r.
+        dt, dr = x.new_zeros(2, *x.shape[:-1], self.memory, x.shape[-1])
+        t, k, goal = function(x), 0, self.goal(x)
+        r = t - x
+        size = norm(r)
         while k < self.max_iterations:
-            active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            active = (size > goal * (1 + norm(x))).unsqueeze(-1)
+            if not some(active):
                 break
             # The mixture of the past whose r is least; the ridge keeps its matrix definite.
-            factor = torch.linalg.cholesky_ex(dr.mT @ dr + ridge)[0]
-            weights = torch.cholesky_solve(dr.mT @ r.unsqueeze(-1), factor)
-            new = torch.where(active, x + r - (dt @ weights).squeeze(-1), x)
-            there = torch.where(active, function(new) - new, r)
+            gram = dr @ dr.mT
+            diagonal = gram.diagonal(dim1=-2, dim2=-1)
+            diagonal.mul_(1 + self.ridge).masked_fill_(diagonal == 0, 1.0)
+            factor = torch.linalg.cholesky_ex(gram)[0]
+            weights = torch.cholesky_solve(times(dr, r).unsqueeze(-1), factor).squeeze(-1)
+            old, x = x, keep(active, t - times(dt.mT, weights), x)
+            t = keep(active, function(x), t)
+            there = t - x
             change = there - r
-            inverse = divide(torch.ones_like(change[..., :1]), norm(change).unsqueeze(-1))
-            dt[..., k % self.memory] = (new - x + change) * inverse
-            dr[..., k % self.memory] = change * inverse
+            # Not by T(x) itself: to rounding, the two tables are of the same steps.
+            dt[..., k % self.memory, :] = x - old + change
+            dr[..., k % self.memory, :] = change
             # A jump means that T has another slope here, as behind a kink: the past misleads.
-            forget = norm(there) > 2 * norm(r)
-            if bool(forget.any()):
-                keep = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
-                dt, dr = dt * keep, dr * keep
-            x, r, k = new, there, k + 1
+            before, size = size, norm(there)
+            forget = size > 2 * before
+            if some(forget):
+                stays = (~forget).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+                dt, dr = dt * stays, dr * stays
+            r, k = there, k + 1
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
@@ -163,19 +168,19 @@ class AndersonNewton(FixedPointSolver):
             return function(x) - x
 
         r, k, patience = residual(x), 0, self.patience
-        while k < self.max_iterations and bool((relative(r, x) > self.goal(x)).any()):
+        while k < self.max_iterations and some(relative(r, x) > self.goal(x)):
             steps = min(patience, self.max_iterations - k)
             x, _ = Anderson(self.tolerance, steps, self.memory)(function, x)
             r, k, gained = residual(x), k + steps, False
             while k < self.max_iterations:
                 active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-                if not bool(active.any()):
+                if not some(active):
                     break
                 step = self.linear_solver(Operator.of_jacobian(residual, x), -r).x
                 new = torch.where(step.isfinite(), x + step, x)
                 there = residual(new)
                 better = active & (norm(there) < 0.1 * norm(r)).unsqueeze(-1)
-                if not bool(better.any()):
+                if not some(better):
                     break
                 x, r = torch.where(better, new, x), torch.where(better, there, r)
                 k, gained = k + 1, True
@@ -205,25 +210,25 @@ class Broyden(RootSolver):
 
         while k < self.max_iterations:
             active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
-            step = torch.where(active, -inverse(r), 0.0)
+            step = keep(active, -inverse(r), 0.0)
             new = function(x + step)
             # The update keeps to problems that moved, and a step that made things worse is halved.
             for _ in range(10):
                 worse = active.squeeze(-1) & ~(norm(new) < 2 * norm(r))
-                if not bool(worse.any()):
+                if not some(worse):
                     break
                 step = torch.where(worse.unsqueeze(-1), step / 2, step)
                 new = function(x + step)
-            dr = torch.where(active, new - r, 0.0)
+            dr = keep(active, new - r, 0.0)
             image, back = inverse(dr), transposed(step)
             us = [*us, divide(step - image, dot(step, image))]
             vs = [*vs, back]
             if len(us) > self.memory:
                 us, vs = [], []
-            x, r = x + step, torch.where(active, new, r)
+            x, r = x + step, keep(active, new, r)
         return x, self.status(x, r, k, f"max_iterations {self.max_iterations}")
 
 
@@ -238,7 +243,7 @@ class NewtonKrylov(RootSolver):
         r, k, reason = function(x), 0, f"max_iterations {self.max_iterations}"
         while k < self.max_iterations:
             active = (relative(r, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
             step = self.linear_solver(Operator.of_jacobian(function, x), -r).x
@@ -251,7 +256,7 @@ class NewtonKrylov(RootSolver):
                     break
                 t = torch.where(good, t, t / 2)
             moved = active & (norm(new).unsqueeze(-1) < size)
-            if not bool(moved.any()):
+            if not some(moved):
                 reason = "no step makes the residual smaller"
                 break
             x, r = torch.where(moved, x + t * step, x), torch.where(moved, new, r)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebbflow.differentiation.derivatives import lazily, pullback, pushforward
-from ebbflow.differentiation.status import Status, dot, norm
+from ebbflow.differentiation.status import Status, dot, keep, norm, some
 
 Product = Callable[[Tensor], Tensor]
 Ended = tuple[Tensor, int, str]
@@ -35,11 +35,7 @@ class Operator:
     @classmethod
     def of(cls, matrix: Tensor) -> Operator:
         """The operator of a matrix (*batch, n, n)."""
-        return cls(
-            lambda x: (matrix @ x.unsqueeze(-1)).squeeze(-1),
-            lambda u: (matrix.mT @ u.unsqueeze(-1)).squeeze(-1),
-            lambda: matrix,
-        )
+        return cls(lambda x: times(matrix, x), lambda u: times(matrix.mT, u), lambda: matrix)
 
     @classmethod
     def of_jacobian(cls, f: Product, x: Tensor, transpose: bool = False) -> Operator:
@@ -84,8 +80,12 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and zero where b is zero: the step of a problem that has nothing left to do."""
-    zero = b == 0
-    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+    return (a / b).masked_fill_(b == 0, 0.0)
+
+
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Each problem's matrix (*batch, m, n) on its vector (*batch, n)."""
+    return matrix @ x if x.dim() == 1 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def finished(
@@ -135,21 +135,20 @@ class CG(Iterative):
         k, reason = 0, ""
         while k < cap:
             active = rr.sqrt() > goal
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
             q = operator.matvec(p)
             curvature = dot(p, q)
-            sign = curvature.sign() if sign is None else torch.where(active, sign, 0.0)
+            sign = curvature.sign() if sign is None else sign
             # Curvatures of both signs: an indefinite matrix, on which the method means nothing.
-            if bool((active & (curvature * sign <= 0)).any()):
+            if some(active & (curvature * sign <= 0)):
                 reason = "the matrix is singular or not definite; use gmres or normal-cg"
                 break
-            step = torch.where(active, divide(rr, curvature), 0.0)
-            x, r = x + step * p, r - step * q
-            before, rr = rr, torch.where(active, dot(r, r), rr)
-            p = torch.where(active, r + divide(rr, before) * p, p)
-            sign = torch.where(active, curvature.sign(), sign)
+            step = keep(active, rr / curvature, 0.0)
+            x, r = torch.addcmul(x, step, p), torch.addcmul(r, step, q, value=-1)
+            before, rr = rr, keep(active, dot(r, r), rr)
+            p = keep(active, torch.addcmul(r, rr / before, p), p)
         return x, k, reason
 
 
@@ -164,16 +163,16 @@ class NormalCG(Iterative):
         k, reason = 0, ""
         while k < cap:
             active = (norm(r).unsqueeze(-1) > goal) & (ss > 0)
-            if not bool(active.any()):
+            if not some(active):
                 reason = "the right-hand side is not in the range of a singular matrix"
                 break
             k += 1
             q = operator.matvec(p)
-            step = torch.where(active, divide(ss, dot(q, q)), 0.0)
-            x, r = x + step * p, r - step * q
+            step = keep(active, divide(ss, dot(q, q)), 0.0)
+            x, r = torch.addcmul(x, step, p), torch.addcmul(r, step, q, value=-1)
             s = operator.rmatvec(r)
-            before, ss = ss, torch.where(active, dot(s, s), ss)
-            p = torch.where(active, s + divide(ss, before) * p, p)
+            before, ss = ss, keep(active, dot(s, s), ss)
+            p = keep(active, torch.addcmul(s, ss / before, p), p)
         return x, k, reason
 
 
@@ -187,23 +186,23 @@ class BiCGSTAB(Iterative):
         k, reason = 0, ""
         while k < cap:
             active = norm(r).unsqueeze(-1) > goal
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
             v = operator.matvec(p)
             alpha = divide(rho, dot(shadow, v))
-            s = r - alpha * v
+            s = torch.addcmul(r, alpha, v, value=-1)
             t = operator.matvec(s)
             omega = divide(dot(t, s), dot(t, t))
-            stuck = active & ((omega == 0) | (rho == 0)) & (norm(s).unsqueeze(-1) > goal)
-            if bool(stuck.any()):
+            stuck = active & ((omega == 0) | (rho == 0))
+            if some(stuck) and some(stuck & (norm(s).unsqueeze(-1) > goal)):
                 reason = "the recurrence broke down; use gmres"
                 break
-            x = torch.where(active, x + alpha * p + omega * s, x)
-            r = torch.where(active, s - omega * t, r)
-            before, rho = rho, torch.where(active, dot(shadow, r), rho)
+            x = keep(active, torch.addcmul(x, alpha, p).addcmul(omega, s), x)
+            r = keep(active, torch.addcmul(s, omega, t, value=-1), r)
+            before, rho = rho, keep(active, dot(shadow, r), rho)
             beta = divide(rho * alpha, before * omega)
-            p = torch.where(active, r + beta * (p - omega * v), p)
+            p = keep(active, torch.addcmul(p, omega, v, value=-1).mul(beta).add(r), p)
         return x, k, reason
 
 
@@ -220,50 +219,47 @@ class GMRES(Iterative):
     def iterate(self, operator: Operator, b: Tensor, goal: Tensor, cap: int) -> Ended:
         x, k, reason = torch.zeros_like(b), 0, ""
         r, left = b, norm(b).unsqueeze(-1)
-        while k < cap and bool((left > goal).any()):
+        while k < cap and some(left > goal):
             length = min(self.restart, b.shape[-1], cap - k)
             step, done = self.cycle(operator, r, length, goal)
             k += done
-            x = x + torch.where(left > goal, step, 0.0)
+            x = x + keep(left > goal, step, 0.0)
             r = b - operator.matvec(x)
             before, left = left, norm(r).unsqueeze(-1)
-            if bool(((left > goal) & (left > 0.9999 * before)).any()):
+            if some((left > goal) & (left > 0.9999 * before)):
                 reason = "stagnation: the matrix is singular, or `restart` is too short"
                 break
         return x, k, reason
 
     @staticmethod
     def cycle(operator: Operator, r: Tensor, length: int, goal: Tensor) -> tuple[Tensor, int]:
-        """The best step in a Krylov space of dimension `length`, and the dimension it needed."""
-        beta = norm(r).unsqueeze(-1)
-        basis = r.new_zeros(*r.shape[:-1], length + 1, r.shape[-1])
-        basis[..., 0, :] = divide(r, beta)
+        """The best step in a Krylov space of dimension `length`, and the dimension it needed.
+
+        The residual before the step is known: β / |u| for the u, u_0 = 1, that is orthogonal to
+        every column of the Hessenberg matrix.
+        """
+        beta, half, rounding = norm(r).unsqueeze(-1), 0.5 * goal, 10 * torch.finfo(r.dtype).eps
+        basis = r.new_zeros(*r.shape[:-1], length, r.shape[-1])
         hessenberg = r.new_zeros(*r.shape[:-1], length + 1, length)
-        target = r.new_zeros(*r.shape[:-1], length + 1, 1)
-        target[..., 0, :] = beta
-        y, eps = target, torch.finfo(r.dtype).eps
+        last, u = divide(r, beta), torch.ones_like(beta)
         for j in range(length):
-            w = operator.matvec(basis[..., j, :])
-            span, before = basis[..., : j + 1, :], norm(w).unsqueeze(-1)
+            basis[..., j, :] = last
+            w = operator.matvec(last)
+            span, before = basis.narrow(-2, 0, j + 1), norm(w).unsqueeze(-1)
             # Gram-Schmidt twice: once is not orthogonal enough at 1e-10.
-            for _ in range(2):
-                h = (span @ w.unsqueeze(-1)).squeeze(-1)
-                hessenberg[..., : j + 1, j] += h
-                w = w - (h.unsqueeze(-2) @ span).squeeze(-2)
+            h = times(span, w)
+            w = w - times(span.mT, h)
+            more = times(span, w)
+            w, h = w - times(span.mT, more), h + more
             height = norm(w).unsqueeze(-1)
-            height = torch.where(height > 10 * eps * before, height, 0.0)
-            hessenberg[..., j + 1, j] = height.squeeze(-1)
-            basis[..., j + 1, :] = divide(w, height)
-            # The small problem costs more than a step does: not after every one.
-            full = not bool((height > 0).any())
-            if not full and j % 4 != 3 and j + 1 < length:
-                continue
-            part = hessenberg[..., : j + 2, : j + 1]
-            y = torch.linalg.pinv(part) @ target[..., : j + 2, :]
-            left = torch.linalg.vector_norm(target[..., : j + 2, :] - part @ y, dim=(-2, -1))
-            if full or bool((left.unsqueeze(-1) <= 0.5 * goal).all()):
+            outside = height > rounding * before
+            hessenberg[..., : j + 2, j] = torch.cat([h, height * outside], -1)
+            u = torch.cat([u, dot(u, h) / -height], -1)
+            if not some(outside & (beta > half * norm(u).unsqueeze(-1))):
                 break
-        return (y.mT @ basis[..., : y.shape[-2], :]).squeeze(-2), y.shape[-2]
+            last = keep(outside, w / height, 0.0)
+        y = beta * torch.linalg.pinv(hessenberg[..., : j + 2, : j + 1])[..., 0]
+        return times(span.mT, y), j + 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ebbflow.differentiation.derivatives import pullback
 from ebbflow.differentiation.iterations import Map, Solver, relative
 from ebbflow.differentiation.linear import CG, Auto, LinearSolver, Operator, divide
-from ebbflow.differentiation.status import Status, dot, norm
+from ebbflow.differentiation.status import Status, dot, keep, norm, some
 
 # Newton's steps need not be exact; what they leave over, the next one takes.
 _SYMMETRIC = Auto(CG(tolerance=1e-6))
@@ -80,11 +80,11 @@ class GradientDescent(Minimizer):
         g, k = _Point.at(function, x).gradient, 0
         while k < self.max_iterations:
             active = (relative(g, x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
-            x = torch.where(active, x - self.step * g, x)
-            g = torch.where(active, _Point.at(function, x).gradient, g)
+            x = keep(active, x - self.step * g, x)
+            g = keep(active, _Point.at(function, x).gradient, g)
         return x, self.status(x, g, k, f"max_iterations {self.max_iterations}")
 
 
@@ -100,12 +100,12 @@ class LBFGS(Minimizer):
         at, k, reason = _Point.at(function, x), 0, f"max_iterations {self.max_iterations}"
         while k < self.max_iterations:
             active = (relative(at.gradient, at.x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
             step = -self.inverse_hessian(pairs, at.gradient)
             new, moved = self.line_search(function, at, step, active)
-            if not bool(moved.any()):
+            if not some(moved):
                 if not pairs:
                     reason = "no step makes the objective smaller"
                     break
@@ -158,7 +158,7 @@ class Newton(Minimizer):
         at, k, reason = _Point.at(function, x), 0, f"max_iterations {self.max_iterations}"
         while k < self.max_iterations:
             active = (relative(at.gradient, at.x) > self.goal(x)).unsqueeze(-1)
-            if not bool(active.any()):
+            if not some(active):
                 break
             k += 1
             # Symmetric, so that the cheaper transposed products serve.
@@ -167,7 +167,7 @@ class Newton(Minimizer):
             descends = step.isfinite().all(-1, keepdim=True) & (dot(step, at.gradient) < 0)
             step = torch.where(descends, step, -at.gradient)
             at, moved = self.line_search(function, at, step, active)
-            if not bool(moved.any()):
+            if not some(moved):
                 reason = "no step makes the objective smaller"
                 break
         return at.x, self.status(at.x, at.gradient, k, reason)

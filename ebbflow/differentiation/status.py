@@ -71,4 +71,17 @@ def norm(x: Tensor) -> Tensor:
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner product of each problem's vectors, (*batch, n), (*batch, n) -> (*batch, 1)."""
-    return (x * y).sum(-1, keepdim=True)
+    return torch.linalg.vecdot(x, y).unsqueeze(-1)
+
+
+def some(condition: Tensor) -> bool:
+    """Whether it holds for any problem."""
+    return bool(condition if condition.numel() == 1 else condition.any())
+
+
+def keep(active: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+    """`new` where a problem is active (*batch, 1), else `old`, while some problem is.
+
+    One on its own then is: what is said of it once an iteration need not be said of every vector.
+    """
+    return new if active.dim() == 1 else torch.where(active, new, old)

@@ -352,6 +352,39 @@ def test_cg_says_that_a_matrix_is_indefinite() -> None:
     assert linear.GMRES()(linear.Operator.of(matrix), b).status.ok
 
 
+def test_gmres_stops_at_the_first_krylov_space_that_holds_the_answer() -> None:
+    """It knows its residual without solving; each problem of a batch stops as if alone."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(4, 30, 30, generator=generator, dtype=torch.float64) / 30**0.5
+    scale = torch.tensor([0.1, 0.2, 0.5, 0.8], dtype=torch.float64)
+    matrices = torch.eye(30, dtype=torch.float64) + scale[:, None, None] * noise
+    b = torch.randn(4, 30, generator=generator, dtype=torch.float64)
+    b[0] = 0.0
+    solver = linear.GMRES(tolerance=1e-4)
+
+    def least(matrix: Tensor, b: Tensor) -> int:
+        """The dimension of the first space in which the residual is half the tolerance."""
+        powers = itertools.accumulate(range(29), lambda v, _: matrix @ v - v, initial=b)
+        basis = torch.linalg.qr(torch.stack([v / v.norm() for v in powers], 1))[0]
+        for k in range(1, 31):
+            image = matrix @ basis[:, :k]
+            left = b - image @ torch.linalg.lstsq(image, b.unsqueeze(-1)).solution.squeeze(-1)
+            if left.norm() <= 0.5e-4 * b.norm():
+                return k
+        raise AssertionError("no space is large enough")
+
+    together = solver(linear.Operator.of(matrices), b)
+    assert together.status.ok and together.x[0].eq(0.0).all()
+    counts = []
+    for matrix, one, x in zip(matrices[1:], b[1:], together.x[1:], strict=True):
+        alone = solver(linear.Operator.of(matrix), one)
+        counts.append(alone.status.iterations)
+        assert counts[-1] == least(matrix, one)
+        assert (alone.x - torch.linalg.solve(matrix, one)).norm() < 1e-3 * alone.x.norm()
+        assert (x - torch.linalg.solve(matrix, one)).norm() < 1e-3 * x.norm()
+    assert counts == sorted(counts) and counts[0] < counts[-1] == together.status.iterations
+
+
 def test_the_error_of_the_derivative_is_that_of_the_solution_and_unrolling_lags() -> None:
     """Ridge by gradient descent: the implicit Jacobian's error falls with the solver's.
 
