@@ -59,10 +59,12 @@ def tune(
     """A plan of `nfe` calls fitted to this model.
 
     The times of the calls and all coefficients move, in coordinates without units (`ResidualForm`),
-    by gradient descent through the sampler on the distance to the model's own converged samples of
-    the same noise. Where the model has no statistics, those samples give them, if they share one
-    condition. Noise that was held out decides which plan is kept; the start is kept where
-    nothing does better on it. `origin` says what was tuned on which model, and the errors.
+    to the model's own converged samples of the same noise: first levels by a random search, with
+    rows by regression along the model's paths (`regression`), then all by Gauss-Newton steps on the
+    errors (`Fit`), by differences, so that the network needs no gradient. Where the model has no
+    statistics, those samples give them, if they share one condition. Noise that was held out
+    decides which plan is kept; the start is kept where nothing does better on it. `origin` says
+    what was tuned on which model, and the errors.
 
     Args:
         nfe: calls of the plan, at least 2; a plan given as `start` has its own.
@@ -70,10 +72,10 @@ def tune(
         shape: of one sample, unless the denoiser states it.
         seed: of the noise, which is never the noise that `sample` draws.
         budget_seconds: wall time for everything; about a fourth goes into the converged samples.
-        budget_evaluations: in its place, evaluations of the model on one sample each (a gradient
-            counts as three); the result then depends on the arguments alone.
+        budget_evaluations: in its place, evaluations of the model on one sample each; the result
+            then depends on the arguments alone.
         samples: how many converged samples, a third of them held out; by the budget unless given.
-        features: from samples (B, *shape) to what is compared, (B, …), differentiable.
+        features: from samples (B, *shape) to what is compared, (B, …).
         command: that made the plan, for its record.
         resume: a file for the state of the work, with which the same call goes on where it stopped.
         condition: for the model; rows of tensors are given to the samples in turn.
