@@ -5,6 +5,7 @@ Examples:
   ebbflow tune --model models/mine --budget 900   a model that you trained, 15 minutes
   ebbflow tune --guidance 2 --classes 3 5         under guidance, two classes
   ebbflow tune --start unipc-b2-3 --nfe 10        from a solver of your choice
+  ebbflow tune --polish 0.01                      and then a little nearer to real pictures
   ebbflow tune --method times --start ddim        a search over the times of ddim
 
 `ebbflow sample --plan plan.json` uses it. The same command goes on where it was stopped. The plan
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ebbflow.cli._shared import pick_device, print_json, print_table
 
 if TYPE_CHECKING:
+    import torch
+
     from ebbflow.denoiser import Denoiser
     from ebbflow.plan import Plan
 
@@ -39,7 +42,7 @@ class Options:
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; without it, the model's own choice."""
     method: Literal["learned", "times", "solvers"] = "learned"
-    """learned: gradient descent on times and coefficients; times: an evolutionary search over the
+    """learned: Gauss-Newton on times and coefficients; times: an evolutionary search over the
     times of one solver; solvers: a search over the solver of every step."""
     start: str = "auto"
     """The solver to start from, or whose times are searched; with learned, auto is the best of a
@@ -50,6 +53,11 @@ class Options:
     """In place of --budget, evaluations of the model on one sample; the result is reproducible."""
     samples: int | None = None
     """Converged samples, a third of them held out; without it, by the budget."""
+    polish: float | None = None
+    """Then move the plan towards a smaller Fréchet distance to real pictures, that of `ebbflow
+    evaluate`, its samples by at most so many deviations: 0.01 cannot be seen."""
+    features: Path | None = None
+    """Folder of another classifier for --polish, as in `ebbflow evaluate`."""
     seed: int = 0
     """Seed of the noise; never the noise that `ebbflow sample` draws."""
     out: Path = Path("plan.json")
@@ -65,9 +73,11 @@ def run(options: Options) -> None:
 
     from ebbflow.cli import _models
     from ebbflow.plan import Plan
-    from ebbflow.tuning import tune
+    from ebbflow.tuning import polish, tune
 
     began = time.perf_counter()
+    if options.polish is not None and not 0 < options.polish < 1:
+        raise ValueError(f"polish is {options.polish}: give deviations between 0 and 1")
     if options.out.suffix != ".json":
         raise ValueError(f"out is {options.out}: a plan is a .json file")
     device = pick_device(options.device)
@@ -76,6 +86,7 @@ def run(options: Options) -> None:
         guidance = _models.guidance_of(options.model)
     denoiser, classes = _models.guided(options.model, device, options.classes, guidance)
     condition: dict[str, Any] = {"label": torch.tensor(classes, device=device)} if classes else {}
+    distance = None if options.polish is None else _frechet(options.features, denoiser)
     if options.method == "learned":
         plan = tune(
             denoiser,
@@ -92,6 +103,9 @@ def run(options: Options) -> None:
         )
     else:
         plan = _search(options, denoiser, condition)
+    if distance is not None and options.polish is not None:
+        kept = {"departure": options.polish, "progress": True}
+        plan = polish(denoiser, plan, distance, seed=options.seed + 1, **kept, **condition)
     plan.save(options.out)
     seconds = round(time.perf_counter() - began, 1)
     if options.json:
@@ -117,6 +131,31 @@ def _table(plan: Plan) -> None:
     held_out = plan.origin["samples"][1]
     title = f"{plan.nfe} calls, {held_out} samples held out, errors in deviations of the samples"
     print_table(["plan", "mean", "root mean square", "median"], rows, title)
+
+
+def _frechet(folder: Path | None, denoiser: Denoiser) -> Callable[[torch.Tensor], float]:
+    """The distance of samples to the real pictures that a classifier's folder knows."""
+    from ebbflow.images import to_uint8
+    from ebbflow.metrics import classifier
+    from ebbflow.metrics.features import extract
+    from ebbflow.metrics.frechet import frechet_distance
+    from ebbflow.metrics.report import Reference
+
+    folder = folder or classifier.FOLDER
+    network = classifier.load(folder)
+    if network.shape != denoiser.shape:
+        raise ValueError(
+            f"--polish: the classifier in {folder} takes pictures of shape {network.shape}, the "
+            f"model draws {denoiser.shape}: give another one by --features"
+        )
+    real = Reference.load(folder / "reference.safetensors").moments
+
+    def distance(samples: torch.Tensor) -> float:
+        pixels = to_uint8(samples).permute(0, 3, 1, 2)
+        network.to(samples.device)
+        return frechet_distance(extract(network.features, pixels, device=samples.device), real)
+
+    return distance
 
 
 def _search(options: Options, denoiser: Denoiser, condition: Mapping[str, Any]) -> Plan:

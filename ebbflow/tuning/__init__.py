@@ -7,6 +7,7 @@ from ebbflow.tuning.expressway import Expressway as Expressway
 from ebbflow.tuning.expressway import expressway as expressway
 from ebbflow.tuning.flow_turbo import FlowTurbo as FlowTurbo
 from ebbflow.tuning.learned import tune as tune
+from ebbflow.tuning.polish import polish as polish
 from ebbflow.tuning.quantisation import CalibrationSet as CalibrationSet
 from ebbflow.tuning.quantisation import Quantised as Quantised
 from ebbflow.tuning.quantisation import denoising_states as denoising_states

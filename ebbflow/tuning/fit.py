@@ -1,59 +1,36 @@
-"""Gradient descent through the sampler, and the state of it that can be saved."""
+"""Gauss-Newton on the parameters of a form, and the state of it that can be saved."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ebbflow.centred import centre, restore
-from ebbflow.denoiser import Denoiser, Frozen, Wrapper
+from ebbflow.denoiser import Denoiser
 from ebbflow.finite import NonFinite
 from ebbflow.plan import Plan
 from ebbflow.tuning.budget import Budget
+from ebbflow.tuning.passage import Frame, Passage
 from ebbflow.tuning.references import References
 from ebbflow.tuning.residual_form import Parameters, ResidualForm
 from ebbflow.tuning.saved import Saved
 
-RATES = {"top": 0.02, "shares": 0.02, "length": 0.02, "decay": 0.01, "matrix": 0.006}
 END = 0.95
-ADAM = 0.9, 0.98
-WARM = 20  # steps
-CLIP = 2.0  # norm of a gradient
+STEPS, BATCH = 6, 512
+"""At least so many steps, and at most so many samples for each."""
 KNEE = 10.0
-"""Errors beyond this many times the mean one count linearly: a sample that lands elsewhere has an
-error that no small move mends, and its square would drown all others."""
-LATE = 0.25
-"""Share of the fit in which times move alone: they need few samples, the matrix many."""
-GRADIENT = 3
-"""Evaluations that a call with its gradient counts as: forward, once more, backward."""
-
-
-class Moved(Wrapper):
-    """A denoiser that is called at given times, tensors that may carry gradients, in their order.
-
-    Each call is computed again when gradients are taken: memory holds the insides of one.
-    """
-
-    def __init__(self, inner: Denoiser, times: Tensor) -> None:
-        super().__init__(inner)
-        self.times = times
-
-    def prepare(self, times: tuple[float, ...], x: Tensor, target: str = "x0") -> list[Frozen]:
-        inner: Any = self.net
-
-        def call(t: Tensor, x: Tensor, **condition: Any) -> Tensor:
-            return inner.at(t, x, target)(x, **condition)
-
-        network = next(inner.parameters(), None) is not None
-        again = partial(checkpoint, call, use_reentrant=False) if network else call
-        return [partial(again, t) for t in self.times]
+"""A sample whose error is this many times the median lands elsewhere, which no small move mends:
+beyond it errors count by their size, and not by their square."""
+DAMPING = 1e-2, (0.1, 1.0, 10.0)
+"""At first, in diagonals of the normal matrix, and the changes of it that are tried."""
+SETTLED = 1e9  # a damping at which no step gains anything
+MOVES = {"top": 0.01, "gaps": 0.01}
+"""Of parameters, for differences; the others move a state by `NUDGE` of its own deviation."""
+NUDGE = 0.003
+NUMBERS = 2**24  # that the columns of one part of the samples may hold
 
 
 def measure(denoiser: Denoiser, plan: Plan, of: References) -> Tensor:
@@ -69,17 +46,62 @@ def score(errors: Tensor) -> float:
     return float(0.6 * errors.mean().log() + 0.2 * errors.square().mean().log())
 
 
-def loss(errors: Tensor, typical: float) -> Tensor:
-    """A quarter of the mean square, linear beyond the knee, and half the mean; typical is 1."""
-    e = errors / typical
-    square = torch.where(e < KNEE, e**2, 2 * KNEE * e - KNEE**2)
-    return 0.25 * square.mean() + 0.5 * e.mean()
+def weights(errors: Tensor) -> Tensor:
+    """Of the squares of errors (N,), so that least squares go down where `score` does."""
+    mean, square = errors.mean(), errors.square().mean()
+    each = 0.3 / (mean * (errors + 0.1 * mean)) + 0.2 / square
+    return each * (KNEE * errors.median() / errors.clamp(min=1e-300)).clamp(max=1.0)
+
+
+class Directions:
+    """The parameters of a form as a vector.
+
+    places: name and index of each; first: the call from which on it matters, n for the last row.
+    """
+
+    def __init__(self, form: ResidualForm) -> None:
+        n = form.nfe
+        kinds = 1 if form.axes.variance.ndim == 0 else 2
+        below = [(k, j) for k in range(n + 1) for j in range(k)]
+        found: list[tuple[str, tuple[int, ...], int]] = [("top", (), 0)]
+        found += [("gaps", (k,), k + 1) for k in range(n - 1)]
+        found += [("gain", (k,), k) for k in range(n + 1)]
+        found += [("matrix", (kind, *at), at[0]) for kind in range(kinds) for at in below]
+        self.places = [(name, at) for name, at, _ in found]
+        self.first = [first for *_, first in found]
+        self.evaluations = sum(n - first for first in self.first)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def sizes(self, form: ResidualForm, parameters: Parameters, run: Passage) -> Tensor:
+        """(P,): of moves whose differences are derivatives, in view of what a run found."""
+        out = torch.full((len(self),), NUDGE, dtype=torch.float64)
+        features = form.features(form.levels(parameters))
+        for p, (name, at) in enumerate(self.places):
+            if name in MOVES:
+                out[p] = MOVES[name]
+            elif name == "matrix":
+                kind, _, j = at
+                wide = features[kind, j].to(run.residuals[j]) * run.residuals[j]
+                out[p] /= max(1e-6, float(wide.square().mean().sqrt()))
+        return out
+
+    def moved(self, parameters: Parameters, by: Tensor) -> Parameters:
+        """The parameters, moved by a vector (P,)."""
+        out = parameters.copy()
+        for (name, at), value in zip(self.places, by.tolist(), strict=True):
+            getattr(out, name)[at] += value
+        return out
 
 
 class Fit:
-    """Adam on the parameters of a form; `best` are those with the best score on `held_out`.
+    """Gauss-Newton steps, damped as Levenberg and Marquardt do, on a few samples each; `best` are
+    the parameters with the best score on `held_out`.
 
-    Adam is written out, because torch.optim takes seconds to import, which the budget has not.
+    One step solves least squares of the samples' errors, weighted for the score, in all times and
+    coefficients at once. Columns of the Jacobian are differences of runs, which begin at the first
+    call that a parameter changes.
     """
 
     def __init__(
@@ -88,115 +110,130 @@ class Fit:
         denoiser: Denoiser,
         train: References,
         held_out: References,
-        batch: int,
+        evaluations: float,
         seed: int,
+        first: Parameters,
         saved: Saved | None = None,
     ) -> None:
         self.form, self.denoiser, self.train, self.held_out = form, denoiser, train, held_out
-        self.batch, self.seed = min(batch, len(train)), seed
-        # Looking at what is held out may cost a tenth of learning.
-        self.every = max(15, math.ceil(10 * len(held_out) / (GRADIENT * self.batch)))
-        self.parameters = form.first.copy()
-        self.best = form.first.copy()
-        self.step = 0
-        self.begin: float | None = None
-        self.best_score = self.typical = math.inf
-        leaves = self.parameters.tensors()
-        self.first = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        self.second = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        self.directions, self.seed = Directions(form), seed
+        self.each = self.directions.evaluations + (2 + len(DAMPING[1])) * form.nfe
+        most = min(BATCH, math.ceil(len(train) / 2))
+        self.batch = min(most, max(8, int(evaluations / STEPS / self.each)))
+        self.parameters = first.copy()
+        self.best = form.first
+        self.step, self.damping, self.unseen, self.took = 0, DAMPING[0], 0.0, 0.0
+        self.best_score = math.inf
         if saved is None:
-            self.best_score = score(measure(denoiser, form.plan(form.first), held_out))
+            self.best_score = self._score(form.first, held_out)
+            if first is not form.first:
+                self._look()
         else:
             self._restore(saved)
-        for leaf in self.parameters.tensors().values():
-            leaf.requires_grad_()
 
     def run(self, budget: Budget) -> Iterator[None]:
-        """Learn until all but the last twentieth of the budget is spent, which pays for measuring
-        what was learnt; yields after each step."""
-        # From here on the share of what is left counts: the converged samples have cost theirs.
-        if self.begin is None:
-            self.begin = min(budget.share, 0.9 * END)
-        while budget.share < END:
-            self._learn((budget.share - self.begin) / (END - self.begin))
-            budget.spend(GRADIENT * self.batch * self.form.nfe)
-            if self.step % self.every == 0:
+        """Learn until a step would exceed the budget, of which the last twentieth pays for
+        measuring what was learnt, or nothing is left to learn; yields after each step."""
+        look = len(self.held_out) * self.form.nfe
+        while budget.share + self.took < END and self.damping < SETTLED:
+            began = budget.share
+            spent = self._learn()
+            self.unseen += spent
+            # Looking at what is held out may cost a fifth of learning.
+            if self.unseen >= 5 * look:
                 self._look()
-                budget.spend(len(self.held_out) * self.form.nfe)
+                spent, self.unseen = spent + look, 0.0
+            budget.spend(spent)
+            self.took = 0.5 * (budget.share - began)
             yield
         self._look()
 
-    def _learn(self, share: float) -> None:
-        part = self.train.rows(self._rows())
-        plan = self.form.plan(self.parameters)
-        moved = Moved(self.form.about(self.denoiser), self.form.times(self.parameters))
+    def _learn(self) -> float:
+        """One step, whose length is decided by other samples; the evaluations that it took."""
+        part, others = (self.train.rows(self._rows(self.step + k)) for k in (0, 1))
         self.step += 1
-        try:
-            errors = part.distance(self._run(plan, moved, part))
-        except NonFinite:  # what blew up teaches nothing; the next samples may
-            return
-        mean = float(errors.detach().mean())
-        self.typical = mean if self.step == 1 else 0.95 * self.typical + 0.05 * mean
-        leaves = self.parameters.tensors()
-        gradients = torch.autograd.grad(loss(errors, self.typical), list(leaves.values()))
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        if not bool(torch.isfinite(norm)):
-            return
-        pace = min(1.0, self.step / WARM) * (0.51 + 0.49 * math.cos(math.pi * min(share, 1.0)))
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-            gradient = gradient * min(1.0, float(CLIP / norm))
-            mean = self.first[name].lerp_(gradient, 1 - ADAM[0])
-            square = self.second[name].lerp_(gradient**2, 1 - ADAM[1])
-            if name == "matrix" and share < LATE:
-                continue
-            direction = mean / (1 - ADAM[0] ** self.step)
-            scale = (square / (1 - ADAM[1] ** self.step)).sqrt() + 1e-8
-            leaf.data -= pace * RATES[name] * direction / scale
-        leaves["top"].data.clamp_(max=self.form.high)
+        matrix, right = self._equations(part)
+        diagonal = torch.diagonal(matrix).clamp(min=1e-9 * float(torch.diagonal(matrix).max()))
+        found = [(self._score(self.parameters, others), 1.0, self.parameters)]
+        for change in DAMPING[1]:
+            damped = matrix + torch.diag(change * self.damping * diagonal)
+            there = self.directions.moved(self.parameters, torch.linalg.solve(damped, right))
+            there.top.clamp_(max=self.form.high)
+            found.append((self._score(there, others), change, there))
+        _, change, best = min(found, key=lambda each: each[0])
+        stays = best is self.parameters
+        self.damping = max(1e-6, self.damping * (10 * max(DAMPING[1]) if stays else change))
+        self.parameters = best
+        return len(part) * self.each
 
-    def _run(self, plan: Plan, moved: Moved, part: References) -> Tensor:
-        """What the plan makes, its shift by the mean outside of the times that move."""
-        if not plan.centred:
-            return plan.run(moved, part.start, **part.condition)
-        _, start, mean = centre(self.denoiser, (part.start,), plan.start, part.condition)
-        end = replace(plan, centred=False).run(moved, start[0], **part.condition)
-        return restore(end, mean, plan.schedule, plan.times[-1])
+    @torch.no_grad()
+    def _equations(self, part: References) -> tuple[Tensor, Tensor]:
+        """The normal matrix (P, P) and right-hand side (P,) of the weighted least squares."""
+        size = len(self.directions) * part.end[0].numel()
+        chunks = torch.arange(len(part)).split(max(1, min(64, NUMBERS // size)))
+        frames = [Frame(self.form, self.denoiser, part.rows(index)) for index in chunks]
+        bases = [frame.run(self.parameters) for frame in frames]
+        errors = part.distance(torch.cat([base.sample for base in bases]))
+        matrix = torch.zeros(len(self.directions), len(self.directions), dtype=torch.float64)
+        right = matrix[0].clone()
+        each = weights(errors).split([len(index) for index in chunks])
+        for frame, base, weight in zip(frames, bases, each, strict=True):
+            columns, lack = self._columns(frame, base)
+            root = weight.to(columns).sqrt()[:, None]
+            columns, lack = (columns * root[..., None]).flatten(0, 1), (lack * root).flatten()
+            matrix += (columns.T @ columns).to(matrix)
+            right += (columns.T @ lack).to(matrix)
+        return matrix, right
 
-    def _rows(self) -> Tensor:
-        """Of this step: the training samples in an order of their own in each round."""
+    def _score(self, parameters: Parameters, of: References) -> float:
+        return score(measure(self.denoiser, self.form.plan(parameters), of))
+
+    def _columns(self, frame: Frame, base: Passage) -> tuple[Tensor, Tensor]:
+        """The Jacobian (B, features, P) of the samples' features, and what they lack (B, features),
+        in deviations."""
+        part = frame.part
+        here = part.features(base.sample).flatten(1)
+        scale = math.sqrt(here.shape[1]) * part.deviation
+        columns = here.new_empty(*here.shape, len(self.directions))
+        sizes = self.directions.sizes(self.form, self.parameters, base)
+        for p, (move, first) in enumerate(zip(sizes.diag(), self.directions.first, strict=True)):
+            there = frame.run(self.directions.moved(self.parameters, move), base, first).sample
+            columns[..., p] = (part.features(there).flatten(1) - here) / (float(sizes[p]) * scale)
+        return columns, (part.end.flatten(1) - here) / scale
+
+    def _rows(self, step: int) -> Tensor:
+        """Of a step: the training samples in an order of their own in each round."""
         size = len(self.train)
-        places = range(self.step * self.batch, (self.step + 1) * self.batch)
+        places = range(step * self.batch, (step + 1) * self.batch)
         return torch.stack(
             [_order(size, self.seed, place // size)[place % size] for place in places]
         )
 
     def _look(self) -> None:
-        plan = self.form.plan(self.parameters.copy())
-        found = score(measure(self.denoiser, plan, self.held_out))
+        found = self._score(self.parameters, self.held_out)
         if found < self.best_score:
             self.best, self.best_score = self.parameters.copy(), found
 
     def numbers(self) -> dict[str, float]:
-        names = ("step", "batch", "typical", "best_score", "begin")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("step", "batch", *_KEPT)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The state beside `numbers`."""
         out = {f"parameters.{name}": v for name, v in self.parameters.tensors().items()}
-        out |= {f"best.{name}": v for name, v in self.best.tensors().items()}
-        out |= {f"first.{name}": v for name, v in self.first.items()}
-        out |= {f"second.{name}": v for name, v in self.second.items()}
-        return out
+        return out | {f"best.{name}": v for name, v in self.best.tensors().items()}
 
     def _restore(self, saved: Saved) -> None:
-        def part(kind: str) -> dict[str, Tensor]:
-            return {name: saved.tensors[f"{kind}.{name}"] for name in self.first}
+        def part(kind: str) -> Parameters:
+            names = self.parameters.tensors()
+            return Parameters(**{name: saved.tensors[f"{kind}.{name}"] for name in names})
 
-        self.parameters, self.best = Parameters(**part("parameters")), Parameters(**part("best"))
-        self.first, self.second = part("first"), part("second")
-        self.step = int(saved.numbers["step"])
-        self.typical, self.best_score = saved.numbers["typical"], saved.numbers["best_score"]
-        self.begin = saved.numbers["begin"]
+        self.parameters, self.best = part("parameters"), part("best")
+        self.step, self.batch = int(saved.numbers["step"]), int(saved.numbers["batch"])
+        for name in _KEPT:
+            setattr(self, name, saved.numbers[name])
+
+
+_KEPT = ("damping", "unseen", "took", "best_score")
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ from ebbflow.progress import bar
 from ebbflow.solvers import Solver
 from ebbflow.statistics import Statistics
 from ebbflow.tuning.budget import Budget
-from ebbflow.tuning.fit import GRADIENT, Fit, measure, score
+from ebbflow.tuning.fit import END, Fit, measure, score
 from ebbflow.tuning.identity import identity
 from ebbflow.tuning.references import (
     Features,
@@ -30,10 +30,13 @@ from ebbflow.tuning.references import (
     statistics_of,
     themselves,
 )
+from ebbflow.tuning.regression import regression
 from ebbflow.tuning.residual_form import Axes, ResidualForm
 from ebbflow.tuning.saved import Saved
 
 SAVE_EVERY = 20.0  # seconds
+SEARCH = 0.25
+"""Share of what the converged samples leave that goes into the search for a start."""
 STARTS = ("unit-residual", "dpm-solver++2m", "unipc-b2-3")
 
 
@@ -56,10 +59,12 @@ def tune(
     """A plan of `nfe` calls fitted to this model.
 
     The times of the calls and all coefficients move, in coordinates without units (`ResidualForm`),
-    by gradient descent through the sampler on the distance to the model's own converged samples of
-    the same noise. Where the model has no statistics, those samples give them, if they share one
-    condition. Noise that was held out decides which plan is kept; the start is kept where
-    nothing does better on it. `origin` says what was tuned on which model, and the errors.
+    to the model's own converged samples of the same noise: first levels by a random search, with
+    rows by regression along the model's paths (`regression`), then all by Gauss-Newton steps on the
+    errors (`Fit`), by differences, so that the network needs no gradient. Where the model has no
+    statistics, those samples give them, if they share one condition. Noise that was held out
+    decides which plan is kept; the start is kept where nothing does better on it. `origin` says
+    what was tuned on which model, and the errors.
 
     Args:
         nfe: calls of the plan, at least 2; a plan given as `start` has its own.
@@ -67,10 +72,10 @@ def tune(
         shape: of one sample, unless the denoiser states it.
         seed: of the noise, which is never the noise that `sample` draws.
         budget_seconds: wall time for everything; about a fourth goes into the converged samples.
-        budget_evaluations: in its place, evaluations of the model on one sample each (a gradient
-            counts as three); the result then depends on the arguments alone.
+        budget_evaluations: in its place, evaluations of the model on one sample each; the result
+            then depends on the arguments alone.
         samples: how many converged samples, a third of them held out; by the budget unless given.
-        features: from samples (B, *shape) to what is compared, (B, …), differentiable.
+        features: from samples (B, *shape) to what is compared, (B, …).
         command: that made the plan, for its record.
         resume: a file for the state of the work, with which the same call goes on where it stopped.
         condition: for the model; rows of tensors are given to the samples in turn.
@@ -98,8 +103,8 @@ def tune(
         "settings": [nfe, list(shape), seed, samples, budget_seconds, budget_evaluations],
     }
     saved = Saved.read(resume, request)
+    total = budget.total(denoiser, shape, condition) if saved is None else 0.0
     if saved is None:
-        total = budget.total(denoiser, shape, condition)
         count = samples or max(24, min(1200, int(total / 4 / 48)))
         most = 2 ** max(5, min(9, int(math.log2(total / 4 / count + 16)) - 1))
         seconds = budget_seconds / 3 if budget_evaluations is None else math.inf
@@ -115,12 +120,9 @@ def tune(
             progress=progress,
         )
         budget.spend(found.evaluations)
-        left = max(0.25 * total, total - found.evaluations)
-        batch = max(16, min(96, int(left / (GRADIENT * nfe * 200))))
     else:
         device = next(denoiser.parameters(), torch.zeros(())).device
         found = _known(saved, features, condition, device)
-        batch = int(saved.numbers["batch"])
         budget.spend(saved.numbers["evaluations"], saved.numbers["seconds"])
     held_out, train = found.split(max(1, len(found) // 3))
     statistics = statistics_of(denoiser, train)
@@ -130,7 +132,12 @@ def tune(
     if saved is None:
         budget.spend(len(candidates) * len(train) * nfe)
     form = ResidualForm.of(chosen, axes(chosen, train, statistics))
-    fit = Fit(form, denoiser, train, held_out, batch, seed, saved)
+    first, left = form.first, max(0.25, END - budget.share)
+    if saved is None and given is None:
+        until, each = budget.share + SEARCH * left, SEARCH * left * total
+        first = regression(form, denoiser, train, budget, until, each, seed)
+        left *= 1 - SEARCH
+    fit = Fit(form, denoiser, train, held_out, left * total, seed, first, saved)
     with bar("fitting", 100, progress) as advance:
         shown, written = 0, -math.inf
         for _ in fit.run(budget):

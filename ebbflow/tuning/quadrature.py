@@ -11,27 +11,25 @@ from ebbflow.solvers.quadrature import FAR as FAR
 from ebbflow.solvers.quadrature import matern
 
 JITTER = 1e-6
+LENGTH = 2.0  # of the process, e-folds of s
 PANELS = 4
 
 
-def quadrature(
-    lambda_: Tensor, ends: Tensor, variance: Tensor, length: Tensor, exponents: Tensor
-) -> Tensor:
-    """C (n + 1, n, d) with `w_k = w_0 + sum_{j<k} C_kj rho_j`, differentiable.
+def quadrature(lambda_: Tensor, ends: Tensor, variance: Tensor) -> Tensor:
+    """C (n + 1, n, d) with `w_k = w_0 + sum_{j<k} C_kj rho_j`.
 
-    `dw/dlambda = -rho / sqrt(L + s²)`, and rho is the decay `(s²/(L+s²))^(a/2) (L/(L+s²))^(b/2)`
-    times a Matérn 7/2 process in `lambda = log s`, of which the mean given the calls before is
-    integrated; from the start down to the first call, given that call.
+    `dw/dlambda = -rho / sqrt(L + s²)`, and rho is the decay `s / sqrt(L + s²)` times a Matérn 7/2
+    process in `lambda = log s`, of which the mean given the calls before is integrated; from the
+    start down to the first call, given that call.
 
     lambda_: (n,) of the calls, falling; ends: (2,) of the first state and the last, which may be
-    infinite; variance: L (d,); length: of the process; exponents: (a, b).
+    infinite; variance: L (d,).
     """
-    n = len(lambda_)
+    n, length = len(lambda_), torch.tensor(LENGTH, dtype=torch.float64)
 
     def decay(lambda_: Tensor) -> Tensor:
-        total = torch.log(variance + torch.exp(2 * lambda_)[:, None])
-        noisy, clean = 2 * lambda_[:, None] - total, torch.log(variance) - total
-        return torch.exp(0.5 * (exponents[0] * noisy + exponents[1] * clean))
+        square = torch.exp(2 * lambda_)[:, None]
+        return (square / (variance + square)).sqrt()
 
     now = lambda_.tolist()
     start, end = ends.tolist()

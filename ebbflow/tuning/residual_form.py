@@ -27,9 +27,8 @@ from ebbflow.plan import Plan, Row, Stage
 from ebbflow.schedules import Betas, Schedule
 from ebbflow.tuning.quadrature import FAR, quadrature
 
-JITTER = 1e-6
 TIE = 1e-9  # times closer than this are one time
-PANELS = 4
+NONE = 1e-12  # a fall of log s that is none
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,13 @@ class Axes:
 class Parameters:
     """What is learned; float64 leaves.
 
-    top: log s of the first call; shares (n,): logits of the gaps from there down to the lowest
-    level that may be asked; length: log of the kernel's; decay (2,): exponents; matrix
-    (2, n + 1, n): corrections of C.
+    top: log s of the first call; gaps (n - 1,): logarithms of the falls of log s from call to
+    call; gain (n + 1,): added to g; matrix (2, n + 1, n): corrections of C.
     """
 
     top: Tensor
-    shares: Tensor
-    length: Tensor
-    decay: Tensor
+    gaps: Tensor
+    gain: Tensor
     matrix: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
@@ -65,10 +62,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ResidualForm:
-    """A family of plans around one: `plan(parameters)` is differentiable in the parameters.
+    """A family of plans around one, `plan(parameters)`.
 
     The coefficients C are those of the first plan, plus what the quadrature of a Gaussian-process
-    model of rho changes when times, length and decay move, plus the learned matrix.
+    model of rho changes when times move, plus the learned matrix.
     """
 
     schedule: Schedule
@@ -97,6 +94,7 @@ class ResidualForm:
         schedule, L, m = plan.schedule, axes.variance, axes.mean
         n = plan.nfe
         high, low = limits(schedule, L)
+        high = min(high, float(_levels(schedule, [plan.start])[0]))
         lambda_ = _levels(schedule, times).clamp(max=high)
         low = min(low, float(lambda_[-1]))
         rows = plan.dense()
@@ -138,14 +136,10 @@ class ResidualForm:
             gain.append(g / S[k])
             shift.append(s / S[k])
             C[k] = row / S[k]
-        length = torch.tensor(math.log(2.0), dtype=torch.float64)
-        top = lambda_[0].clamp(max=high)
-        gaps = -torch.diff(lambda_, append=torch.tensor([low], dtype=torch.float64))
         first = Parameters(
-            top,
-            torch.log(gaps / gaps.sum()),
-            length,
-            torch.tensor([1.0, 0.0], dtype=torch.float64),
+            lambda_[0],
+            torch.log((-torch.diff(lambda_)).clamp(min=NONE)),
+            torch.zeros(n + 1, dtype=torch.float64),
             torch.zeros(2, n + 1, n, dtype=torch.float64),
         )
         form = ResidualForm(
@@ -161,53 +155,53 @@ class ResidualForm:
             low,
             plan.centred,
         )
-        with torch.no_grad():
-            offset = C - form._quadrature(first, form.levels(first))
-        return replace(form, offset=offset)
+        return replace(form, offset=C - form._quadrature(form.levels(first)))
 
     @property
     def nfe(self) -> int:
-        return len(self.first.shares)
+        return len(self.first.gaps) + 1
 
     def about(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser of which the rows speak."""
         return Centred(denoiser) if self.centred else denoiser
 
     def levels(self, parameters: Parameters) -> Tensor:
-        """(n,): log s of the calls, not increasing."""
-        top = parameters.top
-        shares = torch.softmax(parameters.shares, 0)
-        spent = torch.cumsum(shares, 0) - shares
-        return top - (top - self.low) * spent
+        """(n,): log s of the calls, not increasing, where the model may be asked."""
+        falls = torch.cumsum(torch.cat([torch.zeros(1).double(), parameters.gaps.exp()]), 0)
+        return (parameters.top - falls).clamp(self.low, self.high)
 
     def times(self, parameters: Parameters) -> Tensor:
-        """(n,): of the calls, differentiable."""
+        """(n,): of the calls."""
         return self.schedule.time(-2 * self.levels(parameters))
+
+    def features(self, lambda_: Tensor) -> Tensor:
+        """(2, n, *axes): what the learned matrix multiplies, for calls at log s; equal axes need
+        the first alone."""
+        L = self.axes.variance
+        total = L + torch.exp(2 * lambda_)[(...,) + (None,) * L.ndim]
+        return torch.stack([total.rsqrt(), L * total**-1.5])
+
+    def gains(self, parameters: Parameters) -> Tensor:
+        """g (n + 1, *axes)."""
+        return self.gain + parameters.gain[(...,) + (None,) * self.axes.variance.ndim]
 
     def coefficients(self, parameters: Parameters) -> Tensor:
         """C (n + 1, n, *axes), strictly lower triangular in its first two axes."""
         lambda_ = self.levels(parameters)
-        L = self.axes.variance
-        square = torch.exp(2 * lambda_)[(...,) + (None,) * L.ndim]
-        total = L + square
-        matrix = torch.tril(parameters.matrix, -1)[(...,) + (None,) * L.ndim]
-        learned = matrix[0] / total.sqrt() + matrix[1] * L / total**1.5
-        return self.offset + self._quadrature(parameters, lambda_) + learned
+        weights = torch.tril(parameters.matrix, -1)[(...,) + (None,) * self.axes.variance.ndim]
+        learned = (weights * self.features(lambda_)[:, None]).sum(0)
+        return self.offset + self._quadrature(lambda_) + learned
 
-    def _quadrature(self, parameters: Parameters, lambda_: Tensor) -> Tensor:
+    def _quadrature(self, lambda_: Tensor) -> Tensor:
         L = self.axes.variance
         ends = _levels(self.schedule, [self.start, self.end])
-        C = quadrature(lambda_, ends, L.flatten(), parameters.length.exp(), parameters.decay)
+        C = quadrature(lambda_, ends, L.flatten())
         return C.reshape(*C.shape[:2], *L.shape)
 
     def plan(self, parameters: Parameters) -> Plan:
-        """The plan at these parameters; its coefficients are tensors and carry their gradients.
-
-        Where all axes are alike and no gradient is wanted, they are numbers and need no basis.
-        """
+        """The plan at these parameters; where all axes are alike its coefficients are numbers."""
         stages = tuple(self._stages(parameters))
-        learning = any(leaf.requires_grad for leaf in parameters.tensors().values())
-        if learning or self.axes.basis.shape:
+        if self.axes.basis.shape:
             return Plan(self.schedule, self.start, stages, {}, self.axes.basis, self.centred)
 
         def numbers(row: Row) -> Row:
@@ -232,14 +226,15 @@ class ResidualForm:
         slope = alpha * L / S**2
         alpha_start = self.schedule.alpha(self.start)
         S_start = (alpha_start**2 * L + self.schedule.sigma(self.start) ** 2).sqrt()
-        gain = S[0] / S_start * self.gain[0]
+        gains = self.gains(parameters)
+        gain = S[0] / S_start * gains[0]
         query: dict[str, Any] = {
             "x0": gain,
             "1": alpha[0] * m + S[0] * self.shift[0] - gain * alpha_start * m,
         }
-        numbers = times.detach().tolist()
+        numbers = times.tolist()
         for k in range(n):
-            ratio = self.gain[k + 1] / self.gain[k]
+            ratio = gains[k + 1] / gains[k]
             weights = S[k + 1] * (C[k + 1] - ratio * C[k])
             on_x = S[k + 1] / S[k] * ratio
             constant = S[k + 1] * (self.shift[k + 1] - ratio * self.shift[k])

@@ -39,6 +39,15 @@ def test_a_table_says_how_well_it_did(tmp_path, capsys):
     assert "tuned" in text and "dpm-solver++2m" in text and "--plan" in text
 
 
+@pytest.mark.slow  # a minute; tests/tuning/test_polish.py is quick
+def test_polish_brings_pictures_nearer_to_real_ones(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ["--nfe", "2", "--guidance", "1", "--evaluations", "3000", "--samples", "12"]
+    assert main(["tune", *arguments, "--polish", "0.02", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["polished"]
+    assert found["distance"] < found["distance before"] - 0.1 and found["departure"] < 0.0201
+
+
 @pytest.mark.parametrize("method", ["times", "solvers"])
 def test_searches_by_the_same_verb(tmp_path, capsys, method):
     out = tmp_path / "plan.json"
@@ -61,6 +70,8 @@ def test_refusals(tmp_path, capsys):
     refuses([*TUNE[:3], "--nfe", "1"], "nfe is 1", capsys=capsys)
     refuses([*TUNE[:3], "--guidance", "2"], "guidance 2 needs", capsys=capsys)
     refuses([*TUNE[:3], "--start", "ddpm", "--evaluations", "3000"], "draws noise", capsys=capsys)
+    refuses([*TUNE[:3], "--polish", "0.01"], "--polish", "--features", capsys=capsys)
+    refuses([*TUNE[:3], "--polish", "-1"], "polish is -1", capsys=capsys)
     refuses(["sample", "--plan", str(tmp_path / "no.json")], "no.json", capsys=capsys)
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")
