@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ebbflow.plan import Plan
 
 
+POLISHED = 2000  # samples, half of which decide, half judge
+
+
 @dataclass(frozen=True)
 class Options:
     model: str = "fashion-mnist"
@@ -104,7 +107,7 @@ def run(options: Options) -> None:
     else:
         plan = _search(options, denoiser, condition)
     if distance is not None and options.polish is not None:
-        kept = {"departure": options.polish, "progress": True}
+        kept = {"departure": options.polish, "samples": POLISHED, "progress": True}
         plan = polish(denoiser, plan, distance, seed=options.seed + 1, **kept, **condition)
     plan.save(options.out)
     seconds = round(time.perf_counter() - began, 1)

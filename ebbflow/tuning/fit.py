@@ -144,7 +144,7 @@ class Fit:
                 self._look()
                 spent, self.unseen = spent + look, 0.0
             budget.spend(spent)
-            self.took = 0.5 * (budget.share - began)
+            self.took = 0.5 * (budget.share - began)  # a step of which half fits is made
             yield
         self._look()
 

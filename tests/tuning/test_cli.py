@@ -39,7 +39,7 @@ def test_a_table_says_how_well_it_did(tmp_path, capsys):
     assert "tuned" in text and "dpm-solver++2m" in text and "--plan" in text
 
 
-@pytest.mark.slow  # a minute; tests/tuning/test_polish.py is quick
+@pytest.mark.slow  # two minutes; tests/tuning/test_polish.py is quick
 def test_polish_brings_pictures_nearer_to_real_ones(tmp_path, capsys):
     out = tmp_path / "plan.json"
     arguments = ["--nfe", "2", "--guidance", "1", "--evaluations", "3000", "--samples", "12"]
