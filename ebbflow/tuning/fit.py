@@ -61,12 +61,11 @@ class Directions:
 
     def __init__(self, form: ResidualForm) -> None:
         n = form.nfe
-        kinds = 1 if form.axes.variance.ndim == 0 else 2
         below = [(k, j) for k in range(n + 1) for j in range(k)]
         found: list[tuple[str, tuple[int, ...], int]] = [("top", (), 0)]
         found += [("gaps", (k,), k + 1) for k in range(n - 1)]
         found += [("gain", (k,), k) for k in range(n + 1)]
-        found += [("matrix", (kind, *at), at[0]) for kind in range(kinds) for at in below]
+        found += [("matrix", (kind, *at), at[0]) for kind in range(form.kinds) for at in below]
         self.places = [(name, at) for name, at, _ in found]
         self.first = [first for *_, first in found]
         self.evaluations = sum(n - first for first in self.first)

@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebbflow import noise
 from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan
 from ebbflow.progress import bar
 from ebbflow.tuning.fit import Directions
 from ebbflow.tuning.learned import axes
 from ebbflow.tuning.passage import Frame
-from ebbflow.tuning.references import (
-    STREAM,
-    References,
-    conditions_in_turn,
-    statistics_of,
-    themselves,
-)
+from ebbflow.tuning.references import beginning, statistics_of
 from ebbflow.tuning.residual_form import ResidualForm
 
 CHUNK = 64
@@ -65,7 +58,10 @@ def polish(
         raise ValueError(f"departure is {departure}: give a positive number of deviations")
     if samples < 4 or denoiser.shape is None:
         raise ValueError(f"samples is {samples}, at least 4, of a denoiser with a shape")
-    found = _own(denoiser, plan, samples, seed, condition)
+    found = beginning(denoiser, denoiser.shape, samples, seed, condition)
+    ends = found.run(denoiser, plan)
+    deviation = float((ends - ends.mean(0)).square().mean().sqrt())
+    found = replace(found, end=ends, samples=ends, deviation=deviation)
     statistics = None if plan.basis is None else statistics_of(denoiser, found)
     form = ResidualForm.of(plan, axes(plan, found, statistics))
     directions, half = Directions(form), found.split(samples // 2)[0]
@@ -102,19 +98,3 @@ def polish(
     facts = {"departure": float(apart), "distance": after, "distance before": before}
     rounded = {name: float(f"{value:.4g}") for name, value in facts.items()}
     return replace(best, origin={**plan.origin, "polished": rounded})
-
-
-def _own(
-    denoiser: Denoiser, plan: Plan, count: int, seed: int, condition: dict[str, Any]
-) -> References:
-    """The plan's own samples of noise that `sample` never draws."""
-    like = next(denoiser.parameters(), torch.zeros((), dtype=torch.get_default_dtype()))
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    assert denoiser.shape is not None
-    z = noise.normal(seed, range(count), 0, denoiser.shape, dtype, like.device, stream=STREAM)
-    start = z * denoiser.schedule.sigma(1.0).item()
-    turned = conditions_in_turn(condition, count)
-    found = References(start, start, turned, 1.0, 0.0, themselves, start)
-    samples = found.run(denoiser, plan)
-    deviation = float((samples - samples.mean(0)).square().mean().sqrt())
-    return replace(found, end=samples, samples=samples, deviation=deviation)

@@ -125,13 +125,8 @@ def references(
         raise ValueError("the denoiser states no shape: give shape=, that of one sample")
     if count < 2:
         raise ValueError(f"count must be at least 2, got {count}")
-    like = next(denoiser.parameters(), torch.zeros((), dtype=torch.get_default_dtype()))
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    z = noise.normal(seed, range(count), 0, shape, dtype, like.device, stream=STREAM)
-    schedule = denoiser.schedule
-    start = z * schedule.sigma(1.0).item()
-    turned = conditions_in_turn(condition or {}, count)
-    found = References(start, start, turned, 1.0, math.inf, features, start)
+    found = beginning(denoiser, shape, count, seed, condition or {}, features)
+    start, schedule = found.start, denoiser.schedule
     steps, ends, change = 16, start, math.inf
     total = len(_chunks(start)) * (int(math.log2(most)) - 3)
     with torch.no_grad(), bar("converged samples", total, progress) as advance:
@@ -153,6 +148,23 @@ def references(
     calls = count * (2 * steps - 16)
     facts = {"deviation": deviation, "uncertainty": change, "evaluations": calls}
     return replace(found, end=seen, samples=ends, **facts)
+
+
+def beginning(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    count: int,
+    seed: int,
+    condition: Mapping[str, Any],
+    features: Features = themselves,
+) -> References:
+    """Noise and conditions of `count` samples, the noise in the place of the samples to come."""
+    like = next(denoiser.parameters(), torch.zeros((), dtype=torch.get_default_dtype()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    z = noise.normal(seed, range(count), 0, shape, dtype, like.device, stream=STREAM)
+    start = z * denoiser.schedule.sigma(1.0).item()
+    turned = conditions_in_turn(condition, count)
+    return References(start, start, turned, 1.0, math.inf, features, start)
 
 
 def _chunks(start: Tensor) -> Sequence[Tensor]:

@@ -58,7 +58,7 @@ def regress(frame: Frame, paths: Paths, levels: Tensor) -> tuple[Parameters, Ten
     """Rows one after the other, each the least squares of the path's next state over what the calls
     before it found in the states that the rows before it made; and the last state (B, *shape)."""
     form = frame.form
-    n, kinds = form.nfe, 1 if form.axes.variance.ndim == 0 else 2
+    n, kinds = form.nfe, form.kinds
     gaps = (-torch.diff(levels)).clamp(min=NONE).log()
     found = Parameters(
         levels[0].clone(), gaps, torch.zeros(n + 1).double(), torch.zeros(2, n + 1, n).double()

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 
 from ebbflow.bases import Basis
-from ebbflow.centred import Centred
-from ebbflow.denoiser import Denoiser
 from ebbflow.plan import Plan, Row, Stage
 from ebbflow.schedules import Betas, Schedule
 from ebbflow.tuning.quadrature import FAR, quadrature
@@ -161,9 +159,10 @@ class ResidualForm:
     def nfe(self) -> int:
         return len(self.first.gaps) + 1
 
-    def about(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser of which the rows speak."""
-        return Centred(denoiser) if self.centred else denoiser
+    @property
+    def kinds(self) -> int:
+        """How many of the two `features` differ: where all axes are alike, one is enough."""
+        return 1 if self.axes.variance.ndim == 0 else 2
 
     def levels(self, parameters: Parameters) -> Tensor:
         """(n,): log s of the calls, not increasing, where the model may be asked."""
@@ -175,8 +174,7 @@ class ResidualForm:
         return self.schedule.time(-2 * self.levels(parameters))
 
     def features(self, lambda_: Tensor) -> Tensor:
-        """(2, n, *axes): what the learned matrix multiplies, for calls at log s; equal axes need
-        the first alone."""
+        """(2, n, *axes): what the learned matrix multiplies, for calls at log s."""
         L = self.axes.variance
         total = L + torch.exp(2 * lambda_)[(...,) + (None,) * L.ndim]
         return torch.stack([total.rsqrt(), L * total**-1.5])
